@@ -1,0 +1,118 @@
+"""Build hook: compiles the hot modules with Cython when this machine can, and says so when it cannot.
+
+``DMAKIT_BUILD`` = ``auto`` (default: compile if a C compiler and the Python headers are here), ``python``
+(never), ``compiled`` (fail rather than fall back) or ``zig`` (use the ``ziglang`` package as the compiler).
+The decision is made before the build starts: an extension that fails half-way would fail the install.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = ROOT / "src" / "dmakit"
+CORE = runpy.run_path(str(PACKAGE / "_core.py"))
+MODULES: tuple[str, ...] = CORE["COMPILED_MODULES"]
+CFLAGS = ["-O3", "-DNDEBUG", "-g0", "-fno-strict-aliasing", "-Wno-unused-function", "-Wno-unreachable-code"]
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": False,
+    "wraparound": False,
+    "initializedcheck": False,
+    "cdivision": True,
+    "embedsignature": True,
+    "freethreading_compatible": True,
+}
+
+
+def compiler() -> str:
+    """The C compiler command, or '' when a C file that includes Python.h cannot be compiled here."""
+    if os.environ.get("DMAKIT_BUILD") == "zig":
+        command = f"{sys.executable} -m ziglang cc"
+    else:
+        command = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
+        if shutil.which(command.split()[0]) is None:
+            command = "cc" if not os.environ.get("CC") and shutil.which("cc") else ""
+    if not command:
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder) / "probe.c"
+        probe.write_text("#include <Python.h>\nint main(void) { return 0; }\n")
+        include = f"-I{sysconfig.get_paths()['include']}"
+        run = subprocess.run(
+            [*command.split(), include, "-c", str(probe), "-o", str(probe.with_suffix(".o"))],
+            capture_output=True,
+            check=False,
+        )
+    return command if run.returncode == 0 else ""
+
+
+def wanted() -> bool:
+    """Whether to compile: what DMAKIT_BUILD asks, checked against what the machine can."""
+    choice = os.environ.get("DMAKIT_BUILD", "auto")
+    if choice == "python":
+        return False
+    command = compiler()
+    if command:
+        os.environ["CC"] = command
+        return True
+    if choice in ("compiled", "zig"):
+        raise SystemExit(f"DMAKIT_BUILD={choice}: no working C compiler with the Python headers was found")
+    print("dmakit: no C compiler with Python headers here: installing the interpreted core", file=sys.stderr)
+    return False
+
+
+def extensions() -> list[Extension]:
+    from Cython.Build import cythonize
+
+    listed = [
+        Extension(name, [str(Path("src", *name.split(".")).with_suffix(".py"))], extra_compile_args=CFLAGS)
+        for name in MODULES
+    ]
+    return cythonize(
+        listed,
+        build_dir="build/cython",
+        compiler_directives=DIRECTIVES,
+        quiet=True,
+        include_path=["src"],
+        nthreads=os.cpu_count() or 1,
+        annotate=bool(os.environ.get("DMAKIT_ANNOTATE")),
+    )
+
+
+class BuildCore(build_ext):
+    """build_ext that builds in place and incrementally for editable installs, and records source digests."""
+
+    def run(self) -> None:
+        if getattr(self, "editable_mode", False):
+            tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+            self.inplace, self.build_lib, self.build_temp = True, f"build/lib.{tag}", f"build/temp.{tag}"
+        stamp = PACKAGE / "_built.json" if self.inplace else Path(self.build_lib, "dmakit", "_built.json")
+        if not self.extensions:
+            self.forget(stamp)
+            return
+        self.parallel = self.parallel or os.cpu_count()
+        super().run()
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(json.dumps({m: CORE["source_digest"](m) for m in MODULES}, indent=1) + "\n")
+
+    def forget(self, stamp: Path) -> None:
+        """Remove what an earlier build left in the tree: the interpreted core must not be shadowed by it."""
+        stamp.unlink(missing_ok=True)
+        for module in MODULES if self.inplace else ():
+            if (old := CORE["extension_of"](module)) is not None:
+                old.unlink()
+
+
+setup(ext_modules=extensions() if wanted() else [], cmdclass={"build_ext": BuildCore})

@@ -1,0 +1,40 @@
+"""dmakit: the Linux DMA-mapping stack in user space.
+
+See ``docs/`` for the tutorial and the guide to each room. The public names below are loaded on first use,
+so that ``import dmakit`` (and ``dmakit --help``) stays instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from dmakit import _core
+
+_core.install()
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Device": "dmakit.dma",
+    "Direction": "dmakit.dma",
+    "ExhaustedError": "dmakit.errors",
+    "FaultError": "dmakit.errors",
+    "HostError": "dmakit.errors",
+    "IovaState": "dmakit.dma",
+    "Machine": "dmakit.platform.soft",
+    "MisuseError": "dmakit.errors",
+    "UnsupportedError": "dmakit.errors",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'dmakit' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

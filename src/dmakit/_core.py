@@ -1,0 +1,147 @@
+"""Which core runs: the hot modules interpreted from their ``.py``, or compiled from the same files.
+
+The hot mechanisms are written once, in Cython's pure-Python mode. Beside ``x.py`` the build may leave a
+compiled ``x.<abi>.so``; Python prefers it. This module is the only place that knows about the choice:
+
+* ``COMPILED_MODULES`` lists what the build compiles (``setup.py`` reads it from here).
+* ``DMAKIT_CORE=python`` loads the ``.py`` although the ``.so`` lies beside it; ``DMAKIT_CORE=compiled``
+  refuses to start without every ``.so``; unset, the compiled module is taken where there is one.
+* In a checkout (a ``pyproject.toml`` stands above ``src/``) a compiled module whose sources have changed
+  since it was built is refused, with the command that rebuilds it: an edited ``.py`` must never keep
+  running as the old ``.so``. The build records the digests in ``_built.json``.
+
+Nothing here imports another module of dmakit: it runs before all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+COMPILED_MODULES = (
+    "dmakit.failpoint",
+    "dmakit.ledger",
+    "dmakit.memory.physical",
+)
+
+PACKAGE = Path(__file__).resolve().parent
+REBUILD = "./dmakit build"
+_CIMPORT = re.compile(r"(?:cython\.cimports\.|from +)(dmakit(?:\.\w+)+) +c?import")
+
+
+class CoreError(ImportError):
+    """The chosen core cannot run (not built, or older than its source)."""
+
+
+def source_of(module: str) -> Path:
+    """The ``.py`` file of a dotted module name."""
+    return PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py")
+
+
+def extension_of(module: str) -> Path | None:
+    """The compiled file beside the source that this interpreter would load, or None."""
+    source = source_of(module)
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        candidate = source.with_suffix(suffix)
+        if candidate.exists():
+            return candidate
+    return None
+
+
+def source_digest(module: str) -> str:
+    """Digest of what the compiled form of ``module`` depends on: its .py and every .pxd it cimports."""
+    digest = hashlib.sha256(source_of(module).read_bytes())
+    seen: set[Path] = set()
+    queue = [source_of(module).with_suffix(".pxd"), source_of(module)]
+    while queue:
+        path = queue.pop()
+        if path in seen or not path.exists():
+            continue
+        seen.add(path)
+        text = path.read_text()
+        if path.suffix == ".pxd":
+            digest.update(path.read_bytes())
+        queue += sorted(source_of(name).with_suffix(".pxd") for name in _CIMPORT.findall(text))
+    return digest.hexdigest()
+
+
+def in_checkout() -> bool:
+    """True when this package runs from a source checkout rather than from an installed wheel."""
+    return (PACKAGE.parent.parent / "pyproject.toml").exists()
+
+
+def recorded_digests() -> dict[str, str]:
+    """Digests that the build recorded, by module; empty when nothing was compiled."""
+    path = PACKAGE / "_built.json"
+    if not path.exists():
+        return {}
+    loaded: dict[str, str] = json.loads(path.read_text())
+    return loaded
+
+
+def requested() -> str:
+    """The value of ``DMAKIT_CORE``: ``auto`` (unset), ``python`` or ``compiled``."""
+    value = os.environ.get("DMAKIT_CORE", "") or "auto"
+    if value not in ("auto", "python", "compiled"):
+        raise CoreError(f"DMAKIT_CORE={value!r}: must be python, compiled or unset")
+    return value
+
+
+class _CoreFinder(importlib.abc.MetaPathFinder):
+    """Decides, module by module, which form of a hot module is loaded."""
+
+    def __init__(self, choice: str) -> None:
+        self.choice = choice
+        self.digests = recorded_digests()
+        self.checkout = in_checkout()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in COMPILED_MODULES:
+            return None
+        extension = extension_of(fullname)
+        if self.choice == "python" or (extension is None and self.choice == "auto"):
+            return importlib.util.spec_from_file_location(fullname, source_of(fullname))
+        if extension is None:
+            raise CoreError(f"DMAKIT_CORE=compiled, but {fullname} is not compiled; build it with: {REBUILD}")
+        if self.checkout and self.digests.get(fullname) != source_digest(fullname):
+            raise CoreError(
+                f"{fullname}: the compiled module is older than its source; rebuild it with: {REBUILD}"
+                " (or run interpreted with DMAKIT_CORE=python)"
+            )
+        loader = importlib.machinery.ExtensionFileLoader(fullname, str(extension))
+        return importlib.util.spec_from_file_location(fullname, extension, loader=loader)
+
+
+def install() -> None:
+    """Put the finder first on ``sys.meta_path`` (once)."""
+    if not any(isinstance(finder, _CoreFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _CoreFinder(requested()))
+
+
+def status() -> dict[str, object]:
+    """What ``dmakit doctor`` shows: the request, the form that runs, and why."""
+    choice = requested()
+    built = [name for name in COMPILED_MODULES if extension_of(name) is not None]
+    missing = [name for name in COMPILED_MODULES if name not in built]
+    digests = recorded_digests()
+    stale = [n for n in built if in_checkout() and digests.get(n) != source_digest(n)]
+    if choice == "python":
+        running, why = "python", "DMAKIT_CORE=python"
+    elif not built:
+        running, why = "python", f"no compiled module is installed; build them with: {REBUILD}"
+    elif missing:
+        running, why = "mixed", f"{len(missing)} of {len(COMPILED_MODULES)} modules are not compiled"
+    else:
+        running, why = "compiled", f"all {len(built)} hot modules are compiled"
+    return {"requested": choice, "running": running, "why": why, "built": built, "missing": missing, "stale": stale}

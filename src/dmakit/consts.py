@@ -1,0 +1,136 @@
+"""Integers that hot code shares: page geometry, errnos, directions, attributes, ledger rows.
+
+One table for both ways to run: interpreted code imports these names from here; compiled code takes them from
+``consts.pxd`` as C enum constants. ``python tools/gen_consts.py`` writes the .pxd from this file and a test
+holds the two equal. Only integers that fit in 31 bits belong here (a C enum constant is an int).
+
+Directions and attribute bits: ``include/linux/dma-direction.h``, ``include/linux/dma-mapping.h``.
+"""
+
+from __future__ import annotations
+
+# Page geometry -----------------------------------------------------------------------------------------
+PAGE_SHIFT = 12
+PAGE_SIZE = 4096
+PAGE_MASK_LOW = 4095  # the offset bits inside a page
+
+# errnos (positive; hot code returns them negated) --------------------------------------------------------
+EPERM = 1
+ENOENT = 2
+EIO = 5
+ENXIO = 6
+EAGAIN = 11
+ENOMEM = 12
+EFAULT = 14
+EEXIST = 17
+EINVAL = 22
+ERANGE = 34
+EOVERFLOW = 75
+EOPNOTSUPP = 95
+EADDRINUSE = 98
+EREMOTEIO = 121
+
+# enum dma_data_direction -----------------------------------------------------------------------------------
+DMA_BIDIRECTIONAL = 0
+DMA_TO_DEVICE = 1
+DMA_FROM_DEVICE = 2
+DMA_NONE = 3
+
+# DMA attributes (bit values) -------------------------------------------------------------------------------
+ATTR_WEAK_ORDERING = 1 << 1
+ATTR_WRITE_COMBINE = 1 << 2
+ATTR_NO_KERNEL_MAPPING = 1 << 4
+ATTR_SKIP_CPU_SYNC = 1 << 5
+ATTR_FORCE_CONTIGUOUS = 1 << 6
+ATTR_ALLOC_SINGLE_PAGES = 1 << 7
+ATTR_NO_WARN = 1 << 8
+ATTR_PRIVILEGED = 1 << 9
+ATTR_MMIO = 1 << 10
+ATTR_DEBUGGING_IGNORE_CACHELINES = 1 << 11
+ATTR_REQUIRE_COHERENT = 1 << 12
+ATTR_CC_SHARED = 1 << 13
+
+# IOMMU protection bits (include/linux/iommu.h) -------------------------------------------------------------
+PROT_READ = 1
+PROT_WRITE = 2
+PROT_CACHE = 4
+PROT_NOEXEC = 8
+PROT_MMIO = 16
+PROT_PRIV = 32
+
+# Causes of an invalidation -----------------------------------------------------------------------------------
+CAUSE_UNMAP = 0  # an unmap that flushes at once (strict mode, unlink)
+CAUSE_FQ_FULL = 1  # a full flush queue
+CAUSE_FQ_TIMER = 2  # the flush queue's timer
+CAUSE_SYNC_MAP = 3  # map-side sync (caching mode)
+CAUSE_TABLE = 4  # a table was replaced or freed by a map
+CAUSE_OTHER = 5  # attach, detach, explicit calls
+N_CAUSES = 6
+
+# Ledger rows: the index of each counter (dmakit.ledger describes them) ---------------------------------------
+L_IOVA_MAGAZINE = 0
+L_IOVA_DEPOT = 1
+L_IOVA_TREE = 2
+L_IOVA_FAILED = 3
+L_IOVA_FREE_MAGAZINE = 4
+L_IOVA_FREE_TREE = 5
+L_TREE_NODES = 6
+L_RCACHE_FLUSHES = 7
+L_LOCK_RBTREE = 8
+L_LOCK_DEPOT = 9
+L_LOCK_FQ = 10
+L_LOCK_QI = 11
+L_PTE_SET_1 = 12
+L_PTE_SET_2 = 13
+L_PTE_SET_3 = 14
+L_PTE_SET_4 = 15
+L_PTE_SET_5 = 16
+L_PTE_CLEAR_1 = 17
+L_PTE_CLEAR_2 = 18
+L_PTE_CLEAR_3 = 19
+L_PTE_CLEAR_4 = 20
+L_PTE_CLEAR_5 = 21
+L_TABLES_ALLOCATED = 22
+L_TABLES_FREED = 23
+L_TABLE_FLUSH_BYTES = 24
+L_INV_PAGE = 25
+L_INV_DOMAIN = 26
+L_INV_GLOBAL = 27
+L_INV_DEVTLB = 28
+L_INV_WAIT = 29
+L_INV_CAUSE_UNMAP = 30
+L_INV_CAUSE_FQ_FULL = 31
+L_INV_CAUSE_FQ_TIMER = 32
+L_INV_CAUSE_SYNC_MAP = 33
+L_INV_CAUSE_TABLE = 34
+L_INV_CAUSE_OTHER = 35
+L_FQ_ENTRIES = 36
+L_FQ_FLUSHES_FULL = 37
+L_FQ_FLUSHES_TIMER = 38
+L_SYNC_MAP = 39
+L_WALK_READS = 40
+L_IOTLB_HITS = 41
+L_IOTLB_MISSES = 42
+L_PSC_HITS = 43
+L_DEVTLB_HITS = 44
+L_FAULTS = 45
+L_BOUNCE_MAPS = 46
+L_BOUNCE_SLOTS = 47
+L_BOUNCED_BYTES = 48
+L_BOUNCE_PAD_BYTES = 49
+L_CACHE_CLEAN_BYTES = 50
+L_CACHE_INV_BYTES = 51
+L_MAP_CALLS = 52
+L_UNMAP_CALLS = 53
+L_SG_CALLS = 54
+L_TRY_ALLOC_CALLS = 55
+L_LINK_CALLS = 56
+L_SYNC_CALLS = 57
+L_UNLINK_CALLS = 58
+L_DESTROY_CALLS = 59
+L_DESCRIPTORS = 60
+L_DESCRIPTOR_PAGES = 61
+L_BOOKKEEPING_BYTES = 62
+L_P2P_LOOKUPS = 63
+L_PASSES = 64
+N_LEDGER = 65

@@ -1,0 +1,9 @@
+cdef class PhysicalMemory:
+    cdef readonly unsigned long long span
+    cdef readonly object view
+    cdef readonly unsigned char[::1] data
+    cdef readonly unsigned long long[::1] words
+    cdef readonly unsigned long long[::1] page_link
+    cdef readonly list regions
+    cdef void _copy(self, unsigned long long target, unsigned long long source, unsigned long long size) noexcept nogil
+    cdef void _zero(self, unsigned long long phys, unsigned long long size) noexcept nogil

@@ -1,0 +1,207 @@
+"""Reasons and paths: every request takes exactly one declared path, and the code that decides says why.
+
+A *path* is a way through a consumer's mapping code (``nvme``: ``map_phys``, ``two-step``, ``per-segment``, …),
+declared once by that consumer together with the set of paths that it calls fast. A *reason* is recorded at
+the branch that decided, on fast and slow paths alike. ``compare`` and ``explain`` only report what was
+recorded; they never guess. Each reason carries its rule in words, what would put the request on the fast
+path, and the kernel source that it follows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Reason(IntEnum):
+    """Why a request took its path. Values are stable: hot code stores them in arrays."""
+
+    NONE = 0
+    SINGLE_SEGMENT = 1
+    SINGLE_SEGMENT_TOO_LONG_FOR_PRP = 2
+    COALESCED = 3
+    GAP_IN_MERGE_BOUNDARY = 4
+    NO_IOMMU = 5
+    IDENTITY_DOMAIN = 6
+    P2P_BUS = 7
+    P2P_HOST_BRIDGE = 8
+    P2P_NOT_SUPPORTED = 9
+    UNTRUSTED_BOUNCE = 10
+    MASK_BOUNCE = 11
+    FORCED_BOUNCE = 12
+    KMALLOC_BOUNCE = 13
+    NON_COHERENT = 14
+    IOVA_EXHAUSTED = 15
+    OVER_RCACHE_LIMIT = 16
+    TABLE_MEMORY_EXHAUSTED = 17
+    SLOTS_EXHAUSTED = 18
+    STRATEGY = 19
+    PREMAPPED = 20
+    SG_MERGED = 21
+    SG_NOT_MERGED = 22
+    MAX_SEGMENT = 23
+    SEGMENT_BOUNDARY = 24
+    NOT_IN_TRACE = 25
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a reason means: the rule, what would make the request fast, the source it follows."""
+
+    text: str
+    remedy: str
+    source: str = ""
+
+
+RULES: dict[Reason, Rule] = {
+    Reason.NONE: Rule("no branch recorded a reason", "report it: every branch must record one"),
+    Reason.SINGLE_SEGMENT: Rule(
+        "one physically contiguous segment that two PRPs or one SGL descriptor can describe: one dma_map_phys, "
+        "no IOVA window",
+        "it is the fast path",
+        "drivers/nvme/host/pci.c nvme_pci_setup_data_simple",
+    ),
+    Reason.SINGLE_SEGMENT_TOO_LONG_FOR_PRP: Rule(
+        "one segment, but it reaches over more than two controller pages and the controller has no SGLs: "
+        "the general iterator builds a PRP list",
+        "a controller with SGL support, or requests of at most 8 KiB",
+        "drivers/nvme/host/pci.c nvme_pci_setup_data_simple",
+    ),
+    Reason.COALESCED: Rule(
+        "all gaps between segments fall on the merge boundary: one IOVA window, every segment linked, one sync, "
+        "one device-visible range",
+        "it is the fast path for several segments",
+        "block/blk-mq-dma.c blk_rq_dma_map_iter_start",
+    ),
+    Reason.GAP_IN_MERGE_BOUNDARY: Rule(
+        "a segment starts or ends inside an IOMMU granule, so the pieces cannot be made contiguous: "
+        "each segment is mapped by itself",
+        "buffers whose interior segments start and end on the granule (4 KiB)",
+        "block/blk-mq-dma.c blk_rq_dma_map_iter_start (gap mask & merge boundary)",
+    ),
+    Reason.NO_IOMMU: Rule(
+        "the device has no IOMMU: addresses are physical and nothing can be coalesced",
+        "an IOMMU in translating mode, or physically contiguous buffers (huge pages)",
+        "drivers/iommu/dma-iommu.c dma_iova_try_alloc",
+    ),
+    Reason.IDENTITY_DOMAIN: Rule(
+        "the device's domain is identity (passthrough): addresses are physical and nothing can be coalesced",
+        "a translating domain (iommu.passthrough=0), or physically contiguous buffers (huge pages)",
+        "drivers/iommu/dma-iommu.c dma_iova_try_alloc",
+    ),
+    Reason.P2P_BUS: Rule(
+        "peer-to-peer below one switch: the bus address is used and the IOMMU is not involved",
+        "it is the fast path for peer memory",
+        "drivers/pci/p2pdma.c pci_p2pdma_state",
+    ),
+    Reason.P2P_HOST_BRIDGE: Rule(
+        "peer-to-peer through a host bridge: mapped like memory, with MMIO protection and no cache maintenance",
+        "put both devices below one switch with ACS redirect off",
+        "drivers/pci/p2pdma.c calc_map_type_and_dist",
+    ),
+    Reason.P2P_NOT_SUPPORTED: Rule(
+        "peer-to-peer is not possible between these devices: the request fails",
+        "put both devices below one switch, or behind a host bridge that is known to forward",
+        "drivers/pci/p2pdma.c host_bridge_whitelist",
+    ),
+    Reason.UNTRUSTED_BOUNCE: Rule(
+        "the device is untrusted and the buffer is not granule-aligned: head and tail go through bounce slots",
+        "granule-aligned buffers, or a port that is not marked external-facing",
+        "drivers/iommu/dma-iommu.c iommu_dma_iova_link_swiotlb",
+    ),
+    Reason.MASK_BOUNCE: Rule(
+        "the buffer lies above what the device can address and there is no IOMMU: copied through a bounce slot",
+        "a wider DMA mask, an IOMMU, or memory from a low zone",
+        "kernel/dma/direct.h dma_direct_map_phys",
+    ),
+    Reason.FORCED_BOUNCE: Rule(
+        "swiotlb=force: every mapping is copied", "boot without swiotlb=force", "kernel/dma/swiotlb.c"
+    ),
+    Reason.KMALLOC_BOUNCE: Rule(
+        "a non-coherent device reads into a small buffer that shares cache lines: copied through a bounce slot",
+        "buffers aligned and sized to the DMA alignment",
+        "include/linux/dma-map-ops.h dma_kmalloc_needs_bounce",
+    ),
+    Reason.NON_COHERENT: Rule(
+        "the device does not snoop CPU caches: every mapping cleans or invalidates the cache",
+        "a coherent device; nothing in the mapping API can avoid it",
+        "drivers/iommu/dma-iommu.c",
+    ),
+    Reason.IOVA_EXHAUSTED: Rule(
+        "no free IOVA range of this size below the device's limit: each segment is mapped by itself",
+        "a wider DMA mask, or fewer bytes mapped at once",
+        "drivers/iommu/iova.c alloc_iova_fast",
+    ),
+    Reason.OVER_RCACHE_LIMIT: Rule(
+        "the window is larger than 32 granules, so every allocation searches the red-black tree under its lock",
+        "requests of at most 128 KiB that start on a page (dma_opt_mapping_size)",
+        "drivers/iommu/iova.c iova_rcache_range",
+    ),
+    Reason.TABLE_MEMORY_EXHAUSTED: Rule(
+        "no memory for an IOMMU page table", "more memory; the request is retried", "drivers/iommu/generic_pt"
+    ),
+    Reason.SLOTS_EXHAUSTED: Rule(
+        "no contiguous run of bounce slots is free",
+        "a larger pool (swiotlb=), smaller requests",
+        "kernel/dma/swiotlb.c",
+    ),
+    Reason.STRATEGY: Rule("the strategy under test always takes this path", "compare with another strategy"),
+    Reason.PREMAPPED: Rule(
+        "the buffer was mapped when it was registered: the request only computes offsets", "it is the fast path"
+    ),
+    Reason.SG_MERGED: Rule(
+        "dma_map_sg merged neighbours that meet on granule boundaries into fewer output segments",
+        "it is the fast path of map_sg",
+        "drivers/iommu/dma-iommu.c __finalise_sg",
+    ),
+    Reason.SG_NOT_MERGED: Rule(
+        "dma_map_sg could not merge: a piece ends inside a granule, or there is no IOMMU",
+        "granule-aligned pieces behind an IOMMU",
+        "drivers/iommu/dma-iommu.c __finalise_sg",
+    ),
+    Reason.MAX_SEGMENT: Rule(
+        "an output segment reached the device's max_segment_size",
+        "a larger dma_set_max_seg_size",
+        "drivers/iommu/dma-iommu.c __finalise_sg",
+    ),
+    Reason.SEGMENT_BOUNDARY: Rule(
+        "an output segment met the device's segment boundary",
+        "a wider dma_set_seg_boundary",
+        "drivers/iommu/dma-iommu.c iommu_dma_map_sg",
+    ),
+    Reason.NOT_IN_TRACE: Rule("not knowable from this trace", "record the missing events (dmakit record --print)"),
+}
+
+
+class PathLog:
+    """Which path each request took, and why. ``paths`` and ``fast`` are the consumer's declaration.
+
+    ``requests`` holds one (path, reason) pair a request, in order; ``counts`` sums them. One request may take
+    only one path: a second ``take`` for the same request is a bug of the consumer and raises.
+    """
+
+    def __init__(self, paths: tuple[str, ...], fast: frozenset[str]) -> None:
+        unknown = fast - set(paths)
+        if unknown:
+            raise ValueError(f"fast paths {sorted(unknown)} are not among the declared paths {paths}")
+        self.paths = paths
+        self.fast = fast
+        self.requests: dict[int, tuple[int, Reason]] = {}
+
+    def take(self, request: int, path: str, reason: Reason) -> None:
+        """Record the path of ``request`` (any unique number) and the reason of the deciding branch."""
+        if request in self.requests:
+            raise ValueError(f"request {request} already took path {self.paths[self.requests[request][0]]!r}")
+        self.requests[request] = (self.paths.index(path), reason)
+
+    def counts(self) -> dict[str, dict[Reason, int]]:
+        """{path: {reason: count}} over all requests, in the order of declaration."""
+        table: dict[str, dict[Reason, int]] = {}
+        for path, reason in sorted(self.requests.values()):
+            row = table.setdefault(self.paths[path], {})
+            row[reason] = row.get(reason, 0) + 1
+        return table
+
+    def slow(self) -> int:
+        """How many requests left the fast paths."""
+        return sum(1 for path, _ in self.requests.values() if self.paths[path] not in self.fast)

@@ -1,0 +1,86 @@
+"""The ground floor: constants in step with their .pxd, ledger declaration, fail points, clock, sizes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dmakit import consts
+from dmakit.clock import MS, VirtualClock
+from dmakit.errors import DmakitError, InputError, MisuseError
+from dmakit.failpoint import FailPoint
+from dmakit.ledger import ROWS, Ledger, difference
+from dmakit.reasons import RULES, PathLog, Reason
+from dmakit.units import format_size, parse_size
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_consts_pxd_is_written_from_consts_py() -> None:
+    run = subprocess.run([sys.executable, "tools/gen_consts.py", "--check"], cwd=ROOT, check=False)
+    assert run.returncode == 0
+
+
+def test_ledger_declares_every_row_once() -> None:
+    assert [row.index for row in ROWS] == list(range(consts.N_LEDGER))
+    assert len({row.name for row in ROWS}) == consts.N_LEDGER
+
+
+def test_ledger_counts_and_resets() -> None:
+    ledger = Ledger(2)
+    before = ledger.snapshot()
+    ledger.count(consts.L_IOVA_TREE)
+    ledger.count(consts.L_BOUNCED_BYTES, 512)
+    delta = {name: n for name, n in difference(ledger.snapshot(), before).items() if n}
+    assert delta == {"iova_tree": 1, "bounced_bytes": 512}
+    ledger.reset()
+    assert not any(ledger.snapshot().values())
+
+
+def test_failpoint_strikes_once_at_the_nth_use() -> None:
+    point = FailPoint()
+    assert [point.hit() for _ in range(3)] == [False] * 3
+    point.arm(2)
+    assert [point.hit() for _ in range(5)] == [False, False, True, False, False]
+    assert point.fired
+
+
+def test_clock_fires_timers_in_order_and_timers_may_arm_timers() -> None:
+    clock, seen = VirtualClock(), []
+    clock.call_later(2 * MS, lambda: seen.append(("b", clock.now)))
+    clock.call_later(1 * MS, lambda: (seen.append(("a", clock.now)), clock.call_later(MS, lambda: seen.append("c"))))
+    cancelled = clock.call_later(1, lambda: seen.append("never"))
+    clock.cancel(cancelled)
+    clock.advance(2 * MS)
+    assert seen == [("a", MS), ("b", 2 * MS), "c"]
+    assert clock.pending() == 0
+
+
+def test_sizes_read_and_write() -> None:
+    assert [parse_size(t) for t in ("4096", "128k", "2MiB", "0x10", "1G")] == [4096, 131072, 2 << 20, 16, 1 << 30]
+    assert [format_size(n) for n in (131072, 5000, 0, 1 << 40)] == ["128K", "5000", "0", "1T"]
+    with pytest.raises(InputError, match=r"^'12q' is not a size: write a number with an optional k, m, g or t"):
+        parse_size("12q")
+
+
+def test_every_reason_has_a_rule() -> None:
+    assert set(RULES) == set(Reason)
+
+
+def test_a_request_takes_one_path() -> None:
+    log = PathLog(("fast", "slow"), frozenset({"fast"}))
+    log.take(1, "fast", Reason.SINGLE_SEGMENT)
+    log.take(2, "slow", Reason.NO_IOMMU)
+    with pytest.raises(ValueError, match=r"^request 2 already took path 'slow'$"):
+        log.take(2, "fast", Reason.COALESCED)
+    assert log.counts() == {"fast": {Reason.SINGLE_SEGMENT: 1}, "slow": {Reason.NO_IOMMU: 1}}
+    assert log.slow() == 1
+
+
+def test_the_base_error_is_not_raised_and_errnos_have_names() -> None:
+    with pytest.raises(TypeError):
+        DmakitError("no")
+    assert MisuseError("x", 98).errno_name == "EADDRINUSE"
