@@ -1,0 +1,89 @@
+"""``dmakit doctor``: which core runs and why, the compiler, the versions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+
+import dmakit
+from dmakit import _core
+
+PACKAGES = ("numpy", "rich", "zstandard", "cython")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``doctor``."""
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--one-line", action="store_true", help="only which core runs, and why")
+
+
+def compiler() -> str:
+    """First line of the C compiler's version, or an empty string."""
+    command = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+    found = shutil.which(command) or shutil.which("cc")
+    if found is None:
+        return ""
+    run = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    return run.stdout.splitlines()[0] if run.returncode == 0 and run.stdout else ""
+
+
+def version_of(package: str) -> str:
+    """The installed version of a package, or 'not installed'."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report() -> dict[str, object]:
+    """Everything that ``doctor`` shows."""
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
+    return {
+        "dmakit": dmakit.__version__,
+        "core": _core.status(),
+        "python": f"{platform.python_implementation()} {platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "compiler": compiler() or None,
+        "python_headers": headers,
+        "packages": {name: version_of(name) for name in PACKAGES},
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; status 2 when the core that was asked for cannot run."""
+    facts = report()
+    core = _core.status()
+    bad = core["stale"] or (core["requested"] == "compiled" and core["missing"])
+    if args.one_line:
+        print(f"dmakit: {core['running']} core ({core['why']})")
+    elif args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print_report(facts, core)
+    return 2 if bad else 0
+
+
+def print_report(facts: dict[str, object], core: dict[str, object]) -> None:
+    """The report for the eye."""
+    print(f"dmakit          {facts['dmakit']}")
+    print(f"core            {core['running']}: {core['why']}")
+    if core["stale"]:
+        print(f"  stale         {', '.join(map(str, core['stale']))}: rebuild with {_core.REBUILD}")  # type: ignore[call-overload]
+    if core["running"] == "mixed":
+        print(f"  interpreted   {', '.join(map(str, core['missing']))}")  # type: ignore[call-overload]
+    print(f"python          {facts['python']}")
+    headers = "present" if facts["python_headers"] else "missing (Debian: apt install python3-dev)"
+    print(f"Python headers  {headers}")
+    print(f"C compiler      {facts['compiler'] or 'none (Debian: apt install gcc; or DMAKIT_BUILD=zig)'}")
+    print(f"platform        {facts['platform']}, {facts['cpus']} CPUs")
+    for name in PACKAGES:
+        print(f"{name:<15} {version_of(name)}")

@@ -1,0 +1,69 @@
+"""The command line: one module a verb, nothing but argument handling and printing.
+
+A verb module has ``HELP`` (one line), ``configure(parser)`` and ``run(args) -> int``; whatever is heavy it
+imports inside ``run``. The verb table below is data, so that ``dmakit --help`` imports nothing but argparse.
+Exit status: 0 well, 1 the answer is bad news (a byte differs, a replay diverges), 2 bad input or options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib import import_module
+
+import dmakit
+
+VERBS = {
+    "compare": "run one workload through every mapping strategy, byte-checked, side by side",
+    "explain": "say for every request which path it took, why, and what would make it fast",
+    "replay": "replay recorded kernel traces, golden vectors or step files on dmakit's stack",
+    "record": "print a script that records such a trace on your kernel",
+    "doctor": "show which core runs and why, the compiler and the versions",
+    "test": "run the test-suite of a checkout, interpreted and compiled",
+}
+
+
+def parser_for(argv: list[str]) -> argparse.ArgumentParser:
+    """The parser; only the verb that is called is loaded."""
+    parser = argparse.ArgumentParser(
+        prog="dmakit",
+        description="The Linux DMA-mapping stack in user space.",
+        epilog="'dmakit VERB --help' explains a verb. Start with: dmakit compare",
+    )
+    parser.add_argument("--version", action="version", version=f"dmakit {dmakit.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    called = next((word for word in argv if not word.startswith("-")), "")
+    for name, text in VERBS.items():
+        sub = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        if name == called:
+            import_module(f"dmakit.cli.{name}").configure(sub)
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Parse and run; errors made by the user or the input end in one line on stderr and status 2."""
+    from dmakit.errors import DmakitError
+
+    try:
+        args = parser_for(argv).parse_args(argv)
+        status: int = import_module(f"dmakit.cli.{args.verb}").run(args)
+        sys.stdout.flush()
+    except DmakitError as error:
+        print(f"dmakit: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        if type(error).__name__ != "CoreError":
+            raise
+        print(f"dmakit: {error}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("dmakit: memory exhausted: use a smaller workload (fewer requests) or a smaller --ram", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("dmakit: interrupted", file=sys.stderr)
+        return 130
+    return status
