@@ -31,6 +31,10 @@ COMPILED_MODULES = (
     "dmakit.failpoint",
     "dmakit.ledger",
     "dmakit.memory.physical",
+    "dmakit.iommu.gather",
+    "dmakit.iommu.formats.base",
+    "dmakit.iommu.formats.vtdss",
+    "dmakit.iommu.formats.x86_64",
 )
 
 PACKAGE = Path(__file__).resolve().parent

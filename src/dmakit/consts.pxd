@@ -113,3 +113,7 @@ cdef enum:
     L_P2P_LOOKUPS = 63
     L_PASSES = 64
     N_LEDGER = 65
+    PT_INDEX_BITS = 9
+    PT_ENTRIES = 512
+    PT_MAX_LEVELS = 5
+    DIRTY_NO_CLEAR = 1

@@ -134,3 +134,11 @@ L_BOOKKEEPING_BYTES = 62
 L_P2P_LOOKUPS = 63
 L_PASSES = 64
 N_LEDGER = 65
+
+# I/O page tables: geometry that every supported format shares (4 KiB tables of 512 eight-byte entries) ---------
+PT_INDEX_BITS = 9
+PT_ENTRIES = 512
+PT_MAX_LEVELS = 5
+
+# read_and_clear_dirty flags --------------------------------------------------------------------------------------
+DIRTY_NO_CLEAR = 1
