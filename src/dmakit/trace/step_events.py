@@ -38,7 +38,7 @@ _PATTERNS: dict[str, tuple[str, re.Pattern[str]]] = {
     "syncmap_in": _pattern("syncmap_in", rf".*iova={_HEX} size=(\d+)"),
     "tlbsync_in": _pattern("tlbsync_in", rf".*start={_HEX} end={_HEX} .*queued=(\d+)"),
     "cache_tag_flush_range": _pattern("flush_range", _RANGE),
-    "cache_tag_flush_range_np": _pattern("flush_range", _RANGE),
+    "cache_tag_flush_range_np": _pattern("flush_range_np", _RANGE),
     "qi_submit": _pattern("qi", rf".*?: {_HEX} {_HEX} "),
     "swiotlb_bounced": _pattern("swiotlb_bounced", r".*dev_addr=([0-9a-f]+) size=(\d+)"),
     "tblmap_out": _pattern("tblmap", rf".*phys={_HEX} size=(\d+) .*ret={_HEX}"),
