@@ -6,6 +6,7 @@ import re
 
 from dmakit.errors import InputError
 
+PAGE = 4096
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
