@@ -78,7 +78,12 @@ PUBLISHED = Profile(
     ),
 )
 
-NOT_PRICED = ("contended locks", "the search for bounce slots", "page walks of the device", "cache misses of the driver")
+NOT_PRICED = (
+    "contended locks",
+    "the search for bounce slots",
+    "page walks of the device",
+    "cache misses of the driver",
+)
 
 
 def derived(ledger: Mapping[str, int]) -> dict[str, int]:
