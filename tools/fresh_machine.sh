@@ -17,8 +17,8 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/dmakit/fresh
 base=$cache/$suite-$label.tar
 mkdir -p "$cache"
 if [ ! -e "$base" ]; then
-    mmdebstrap --quiet --variant=minbase --include="$packages" "$suite" "$base.part" "${DEBIAN_MIRROR:-http://deb.debian.org/debian}"
-    mv "$base.part" "$base"
+    mmdebstrap --quiet --variant=minbase --include="$packages" "$suite" "$base.part.tar" "${DEBIAN_MIRROR:-http://deb.debian.org/debian}"
+    mv "$base.part.tar" "$base"
 fi
 root=$(mktemp -d "${TMPDIR:-/tmp}/dmakit-fresh.XXXXXX")
 trap 'umount "$root/proc" 2>/dev/null || true; rm -rf "$root"' EXIT INT TERM
