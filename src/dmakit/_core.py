@@ -28,6 +28,7 @@ from pathlib import Path
 from types import ModuleType
 
 COMPILED_MODULES = (
+    "dmakit.bench.native",
     "dmakit.failpoint",
     "dmakit.ledger",
     "dmakit.memory.physical",

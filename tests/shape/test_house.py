@@ -24,6 +24,7 @@ FLOORS = (
     ("nvme",),
     ("trace",),
     ("lab",),
+    ("bench",),
     ("cli",),
     ("__main__", "__init__"),
 )

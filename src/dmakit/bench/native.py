@@ -1,0 +1,60 @@
+"""The yardsticks' native parts: the least that a machine can do of each kind of work.
+
+Every benchmark row is a ratio to one of these, measured in the same run, so that a figure says how far the
+shipped code is from the limit of *this* machine, whatever the machine. They do nothing else on purpose: no
+bookkeeping, no bounds, no ledger. Interpreted, the same loops run as Python; ``dmakit bench`` says so.
+
+* ``Empty.call``: what one call of a native method costs CPython, with one integer in and one out.
+* ``fill``: one 8-byte page-table entry after the other, ascending addresses (F).
+* ``walk``: the barest four-level walk, entries only (W).
+"""
+
+from __future__ import annotations
+
+import cython
+
+
+@cython.cclass
+class Empty:
+    """A native object whose method does nothing."""
+
+    def call(self, value: cython.longlong) -> cython.longlong:
+        """Returns its argument."""
+        return value
+
+
+def fill(words: memoryview[int], first: cython.ulonglong, step: cython.ulonglong) -> None:
+    """Write len(words) entries: ``first``, ``first + step``, …"""
+    _fill(words, first, step)
+
+
+def _fill(table: memoryview[int], first: cython.ulonglong, step: cython.ulonglong) -> cython.void:
+    i: cython.Py_ssize_t = 0
+    n: cython.Py_ssize_t = len(table)
+    entry: cython.ulonglong = first
+    while i < n:
+        table[i] = entry
+        entry += step
+        i += 1
+
+
+def walk(words: memoryview[int], root: cython.ulonglong, iovas: memoryview[int]) -> int:
+    """Translate every address of ``iovas`` (uint64) by four reads from ``root``; returns the XOR of the answers."""
+    return _walk(words, root, iovas)
+
+
+def _walk(table: memoryview[int], root: cython.ulonglong, addresses: memoryview[int]) -> cython.ulonglong:
+    i: cython.Py_ssize_t = 0
+    n: cython.Py_ssize_t = len(addresses)
+    answer: cython.ulonglong = 0
+    iova: cython.ulonglong = 0
+    entry: cython.ulonglong = 0
+    while i < n:
+        iova = addresses[i]
+        entry = table[(root >> 3) + ((iova >> 39) & 511)]
+        entry = table[(entry >> 12 << 9) + ((iova >> 30) & 511)]
+        entry = table[(entry >> 12 << 9) + ((iova >> 21) & 511)]
+        entry = table[(entry >> 12 << 9) + ((iova >> 12) & 511)]
+        answer ^= (entry >> 12 << 12) + (iova & 4095)
+        i += 1
+    return answer
