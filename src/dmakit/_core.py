@@ -32,6 +32,7 @@ COMPILED_MODULES = (
     "dmakit.failpoint",
     "dmakit.ledger",
     "dmakit.memory.physical",
+    "dmakit.memory.pages",
     "dmakit.iommu.gather",
     "dmakit.iommu.formats.base",
     "dmakit.iommu.formats.vtdss",

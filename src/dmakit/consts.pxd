@@ -4,6 +4,7 @@ cdef enum:
     PAGE_SHIFT = 12
     PAGE_SIZE = 4096
     PAGE_MASK_LOW = 4095
+    PAGE_MAX_ORDER = 18
     EPERM = 1
     ENOENT = 2
     EIO = 5

@@ -13,6 +13,7 @@ from __future__ import annotations
 PAGE_SHIFT = 12
 PAGE_SIZE = 4096
 PAGE_MASK_LOW = 4095  # the offset bits inside a page
+PAGE_MAX_ORDER = 18  # the largest block of the page allocator: 1 GiB
 
 # errnos (positive; hot code returns them negated) --------------------------------------------------------
 EPERM = 1

@@ -115,7 +115,7 @@ class PtFormat:
         level: cython.int,
         bits: cython.ulonglong,
     ) -> cython.void:
-        """Write ``count`` leaves of ``level`` from word index ``at``: consecutive pages from ``phys``, with ``bits``."""
+        """Write ``count`` leaves of ``level`` from word index ``at``: pages from ``phys`` upwards, with ``bits``."""
         step: cython.ulonglong = 1
         step <<= PAGE_SHIFT + PT_INDEX_BITS * (level - 1)
         entry: cython.ulonglong = phys | bits
