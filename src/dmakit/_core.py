@@ -37,6 +37,8 @@ COMPILED_MODULES = (
     "dmakit.iommu.formats.base",
     "dmakit.iommu.formats.vtdss",
     "dmakit.iommu.formats.x86_64",
+    "dmakit.swiotlb.bounce",
+    "dmakit.swiotlb.pool",
 )
 
 PACKAGE = Path(__file__).resolve().parent

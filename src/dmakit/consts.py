@@ -59,6 +59,11 @@ PROT_NOEXEC = 8
 PROT_MMIO = 16
 PROT_PRIV = 32
 
+# swiotlb geometry (include/linux/swiotlb.h) ------------------------------------------------------------------
+IO_TLB_SHIFT = 11
+IO_TLB_SIZE = 2048  # a slot
+IO_TLB_SEGSIZE = 128  # slots in a segment: the largest mapping
+
 # Causes of an invalidation -----------------------------------------------------------------------------------
 CAUSE_UNMAP = 0  # an unmap that flushes at once (strict mode, unlink)
 CAUSE_FQ_FULL = 1  # a full flush queue
@@ -134,7 +139,10 @@ L_DESCRIPTOR_PAGES = 61
 L_BOOKKEEPING_BYTES = 62
 L_P2P_LOOKUPS = 63
 L_PASSES = 64
-N_LEDGER = 65
+L_BOUNCE_AREA_LOCKS = 65
+L_BOUNCE_POOLS = 66
+L_BOUNCE_TRANSIENT = 67
+N_LEDGER = 68
 
 # I/O page tables: geometry that every supported format shares (4 KiB tables of 512 eight-byte entries) ---------
 PT_INDEX_BITS = 9

@@ -99,6 +99,9 @@ _MEANINGS = {
     "BOOKKEEPING_BYTES": ("bytes", "bytes kept per request to undo its mapping (states, vectors, sg entries)"),
     "P2P_LOOKUPS": ("lookups", "peer-to-peer decisions that were not answered by the memo"),
     "PASSES": ("passes", "passes over a request's segments by the mapping path"),
+    "BOUNCE_AREA_LOCKS": ("locks", "acquisitions of a swiotlb area's lock"),
+    "BOUNCE_POOLS": ("pools", "swiotlb pools added by the background worker"),
+    "BOUNCE_TRANSIENT": ("pools", "transient swiotlb pools made for one mapping"),
 }
 
 ROWS: tuple[Row, ...] = tuple(
