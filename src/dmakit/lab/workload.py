@@ -1,0 +1,141 @@
+"""Workloads: what is asked of the device, independent of how the memory is mapped.
+
+A workload is a list of requests and a schedule. A *request* is an operation (``read``: the device writes
+memory; ``write``: the device reads it) on a list of physical segments. The *schedule* says in which order
+requests are submitted and completed, hence how many are in flight, and on which CPU. Strategies see exactly
+this and nothing else, so one workload means the same bytes at the same physical addresses for each of them.
+
+Two sources: ``FioSpec``, a fio-like description placed on a machine's own memory, and a recorded trace
+(``lab.recorded``), whose sizes, segments, order, CPUs and lifetimes are kept as they were.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from dmakit.errors import InputError
+from dmakit.memory.buffers import allocate
+from dmakit.memory.pages import PageAllocator
+from dmakit.units import KIB, PAGE, format_size
+
+SUBMIT, COMPLETE = 0, 1
+Segments = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class IoRequest:
+    """One request: ``op`` is ``read`` (device writes memory) or ``write``; segments are (phys, bytes)."""
+
+    number: int
+    op: str
+    segments: Segments
+    cpu: int = 0
+    complete_cpu: int = 0
+    phase: str = ""
+
+    @property
+    def size(self) -> int:
+        """Payload bytes."""
+        return sum(length for _, length in self.segments)
+
+
+@dataclass(slots=True)
+class Workload:
+    """Requests and the order in which they are submitted and completed."""
+
+    name: str
+    requests: list[IoRequest]
+    schedule: list[tuple[int, int]]
+    cpus: int = 1
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Payload bytes of all requests."""
+        return sum(request.size for request in self.requests)
+
+
+def merge_adjacent(ranges: Iterable[tuple[int, int]]) -> Segments:
+    """Join ranges that continue each other physically, as a bio does when pages are added."""
+    merged: list[tuple[int, int]] = []
+    for phys, length in ranges:
+        if merged and merged[-1][0] + merged[-1][1] == phys:
+            merged[-1] = (merged[-1][0], merged[-1][1] + length)
+        else:
+            merged.append((phys, length))
+    return tuple(merged)
+
+
+@dataclass(frozen=True, slots=True)
+class FioSpec:
+    """A fio-like job description.
+
+    ``block_sizes`` are drawn with equal probability; ``offset`` is where buffers start inside a page;
+    ``fragmentation`` 0 gives contiguous buffers, 1 scatters every page; ``read_share`` of requests are reads;
+    ``iodepth`` requests are in flight in each of ``jobs`` jobs, one CPU a job; ``folio_order`` allocates the
+    buffers as folios of 2**order pages (9: huge pages).
+    """
+
+    block_sizes: tuple[int, ...] = (4 * KIB,)
+    iodepth: int = 1
+    jobs: int = 1
+    requests: int = 256
+    read_share: float = 1.0
+    fragmentation: float = 1.0
+    offset: int = 0
+    folio_order: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, low, high in (
+            ("iodepth", self.iodepth, 1, 4096),
+            ("jobs", self.jobs, 1, 256),
+            ("requests", self.requests, 1, 10_000_000),
+            ("offset", self.offset, 0, PAGE - 1),
+            ("folio_order", self.folio_order, 0, 10),
+            ("read_share", self.read_share, 0, 1),
+            ("fragmentation", self.fragmentation, 0, 1),
+        ):
+            if not low <= value <= high:
+                raise InputError(f"{name}={value}: must be between {low} and {high}")
+        if not self.block_sizes or any(not 512 <= size <= 8192 * KIB or size % 512 for size in self.block_sizes):
+            raise InputError(f"block sizes {self.block_sizes}: each must be a multiple of 512 from 512 to 8M")
+        if self.offset % 4:
+            raise InputError(f"offset={self.offset}: NVMe buffers start on a dword")
+
+    @property
+    def name(self) -> str:
+        """A short name that says what the job does."""
+        sizes = "+".join(format_size(size) for size in self.block_sizes)
+        kind = "read" if self.read_share == 1 else "write" if self.read_share == 0 else "mixed"
+        return f"{sizes} {kind} QD{self.iodepth}" + (f" x{self.jobs}" if self.jobs > 1 else "")
+
+    def place(self, pages: PageAllocator) -> Workload:
+        """Allocate the buffers (one a slot in flight) and draw the requests; deterministic in the seed."""
+        draw = random.Random(self.seed)
+        largest = max(self.block_sizes)
+        slots = [
+            [allocate(pages, largest, offset=self.offset, order=self.folio_order) for _ in range(self.iodepth)]
+            for _ in range(self.jobs)
+        ]
+        requests: list[IoRequest] = []
+        for number in range(self.requests):
+            job = number % self.jobs
+            buffer = slots[job][(number // self.jobs) % self.iodepth]
+            size = draw.choice(self.block_sizes)
+            op = "read" if draw.random() < self.read_share else "write"
+            requests.append(IoRequest(number, op, merge_adjacent(buffer.slices(0, size)), job, job))
+        return Workload(self.name, requests, queue_schedule(len(requests), self.iodepth * self.jobs), self.jobs)
+
+
+def queue_schedule(count: int, depth: int) -> list[tuple[int, int]]:
+    """Submit until ``depth`` are in flight, then complete the oldest before each further submission."""
+    schedule: list[tuple[int, int]] = []
+    for number in range(count):
+        if number >= depth:
+            schedule.append((COMPLETE, number - depth))
+        schedule.append((SUBMIT, number))
+    schedule += [(COMPLETE, number) for number in range(max(0, count - depth), count)]
+    return schedule
