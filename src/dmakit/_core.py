@@ -30,6 +30,13 @@ from types import ModuleType
 COMPILED_MODULES = (
     "dmakit.bench.native",
     "dmakit.failpoint",
+    "dmakit.iova.bits",
+    "dmakit.iova.domain",
+    "dmakit.iova.flush_queue",
+    "dmakit.iova.magazine",
+    "dmakit.iova.rcache",
+    "dmakit.iova.search",
+    "dmakit.iova.tree",
     "dmakit.ledger",
     "dmakit.memory.physical",
     "dmakit.memory.pages",

@@ -15,6 +15,15 @@ PAGE_SIZE = 4096
 PAGE_MASK_LOW = 4095  # the offset bits inside a page
 PAGE_MAX_ORDER = 18  # the largest block of the page allocator: 1 GiB
 
+# IOVA allocator (include/linux/iova.h, drivers/iommu/iova.c, drivers/iommu/dma-iommu.c) ------------------------
+IOVA_NIL = 0  # tree node index: no node
+IOVA_ANCHOR = 1  # tree node index: the anchor at the top of the address space
+IOVA_MAG_SIZE = 127  # pfns in a magazine
+IOVA_MAG_STRIDE = 128  # words of storage a magazine (1024 bytes, as in the kernel)
+IOVA_RANGE_CACHE_MAX_SIZE = 6  # orders 0 to 5 have magazines: up to 32 granules
+IOVA_DEFAULT_FQ_SIZE = 256  # entries of a per-CPU flush queue
+IOVA_SINGLE_FQ_SIZE = 32768  # entries of the one queue of a device with shadow_on_flush
+
 # errnos (positive; hot code returns them negated) --------------------------------------------------------
 EPERM = 1
 ENOENT = 2

@@ -1,0 +1,32 @@
+"""Checks of the public calls' arguments: the same error interpreted and compiled."""
+
+from __future__ import annotations
+
+from operator import index
+
+from dmakit.errors import MisuseError
+
+
+def within(name: str, value: int, low: int, high: int) -> int:
+    """``value`` as an int, checked to lie in [low, high]."""
+    try:
+        number = index(value)
+    except TypeError:
+        raise MisuseError(f"{name}={value!r}: must be an integer") from None
+    if not low <= number <= high:
+        raise MisuseError(f"{name}={number}: must be from {low} to {high}")
+    return number
+
+
+def words(name: str, items: object, *, writable: bool = False) -> memoryview[int]:
+    """``items`` as a flat view of 64-bit words; MisuseError when it is no contiguous buffer of them."""
+    try:
+        view = memoryview(items)  # type: ignore[arg-type]
+        if view.ndim != 1 or view.itemsize != 8 or view.format not in ("Q", "L"):
+            raise TypeError
+        flat = view.cast("B").cast("Q") if len(view) else memoryview(bytearray()).cast("Q")
+    except TypeError:
+        raise MisuseError(f"{name}: must be a contiguous buffer of unsigned 64-bit words") from None
+    if writable and view.readonly:
+        raise MisuseError(f"{name}: must be writable")
+    return flat

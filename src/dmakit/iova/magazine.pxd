@@ -1,0 +1,16 @@
+from dmakit.failpoint cimport FailPoint
+
+
+cdef class MagazinePool:
+    cdef readonly FailPoint fail
+    cdef readonly unsigned long long[::1] pfns
+    cdef readonly int[::1] size
+    cdef readonly int[::1] link
+    cdef readonly int unused
+    cdef readonly int capacity
+    cdef readonly int allocated
+    cdef bint _grow(self) noexcept with gil
+    cdef int _new(self) noexcept nogil
+    cdef void _release(self, int magazine) noexcept nogil
+    cdef void _push(self, int magazine, unsigned long long pfn) noexcept nogil
+    cdef unsigned long long _pop(self, int magazine, unsigned long long highest) noexcept nogil

@@ -1,0 +1,100 @@
+"""Magazines: small stacks of free IOVA ranges of one size, in flat arrays.
+
+A *magazine* holds up to 127 pfns (with its header word 1 KiB, as in the kernel; Bonwick and Adams, "Magazines and
+Vmem", USENIX 2001). It is an index; 0 is no magazine. ``link`` chains magazines: those of a depot, and the unused
+ones. A range in a magazine stays allocated in the tree.
+
+Popping obeys the caller's limit: the topmost pfn that is low enough is taken, and the last one fills its place.
+
+Models ``struct iova_magazine`` and ``iova_magazine_*`` in ``drivers/iommu/iova.c``.
+"""
+
+from __future__ import annotations
+
+import cython
+
+from dmakit.iova.arrays import widened, zeroed
+
+if cython.compiled:
+    from cython.cimports.dmakit.consts import IOVA_MAG_STRIDE
+    from cython.cimports.dmakit.failpoint import FailPoint
+else:
+    from dmakit.consts import IOVA_MAG_STRIDE
+    from dmakit.failpoint import FailPoint
+
+
+@cython.cclass
+class MagazinePool:
+    """The magazines of one domain. ``fail`` is asked before each allocation."""
+
+    def __init__(self, fail: FailPoint, capacity: int = 16) -> None:
+        self.fail = fail
+        self.capacity = max(capacity, 2)
+        self.pfns = zeroed("Q", self.capacity * IOVA_MAG_STRIDE)
+        self.size = zeroed("i", self.capacity)
+        self.link = zeroed("i", self.capacity)
+        self.allocated = 0
+        self.unused = 0
+        self._chain_unused(1)
+
+    def content(self, magazine: int) -> list[int]:
+        """The pfns of a magazine, the top of the stack last."""
+        start = magazine * IOVA_MAG_STRIDE
+        return [self.pfns[start + i] for i in range(self.size[magazine])]
+
+    def _chain_unused(self, first: int) -> None:
+        for magazine in range(self.capacity - 1, first - 1, -1):
+            self.link[magazine] = self.unused
+            self.unused = magazine
+
+    def _grow(self) -> cython.bint:
+        """Double the storage; false when the host has no memory for that."""
+        first, wanted = self.capacity, self.capacity * 2
+        try:
+            pfns = widened("Q", self.pfns, wanted * IOVA_MAG_STRIDE)
+            size = widened("i", self.size, wanted)
+            link = widened("i", self.link, wanted)
+        except MemoryError:
+            return False
+        self.pfns, self.size, self.link, self.capacity = pfns, size, link, wanted
+        self._chain_unused(first)
+        return True
+
+    def _new(self) -> cython.int:
+        """An empty magazine, or 0 without memory."""
+        if self.fail._hit():
+            return 0
+        if self.unused == 0 and not self._grow():
+            return 0
+        magazine: cython.int = self.unused
+        self.unused = self.link[magazine]
+        self.size[magazine] = 0
+        self.allocated += 1
+        return magazine
+
+    def _release(self, magazine: cython.int) -> cython.void:
+        """Give the memory of a magazine back; its pfns are forgotten."""
+        self.size[magazine] = 0
+        self.link[magazine] = self.unused
+        self.unused = magazine
+        self.allocated -= 1
+
+    def _push(self, magazine: cython.int, pfn: cython.ulonglong) -> cython.void:
+        """Put ``pfn`` on top of a magazine that is not full."""
+        self.pfns[magazine * IOVA_MAG_STRIDE + self.size[magazine]] = pfn
+        self.size[magazine] += 1
+
+    def _pop(self, magazine: cython.int, highest: cython.ulonglong) -> cython.ulonglong:
+        """Take the topmost pfn that is at most ``highest``, or 0 when there is none."""
+        base: cython.int = magazine * IOVA_MAG_STRIDE
+        last: cython.int = base + self.size[magazine] - 1
+        at: cython.int = last
+        pfn: cython.ulonglong
+        while at >= base:
+            pfn = self.pfns[at]
+            if pfn <= highest:
+                self.pfns[at] = self.pfns[last]
+                self.size[magazine] -= 1
+                return pfn
+            at -= 1
+        return 0

@@ -1,0 +1,16 @@
+from dmakit.iova.magazine cimport MagazinePool
+from dmakit.ledger cimport Ledger
+
+
+cdef class IovaRcaches:
+    cdef readonly Ledger ledger
+    cdef readonly MagazinePool pool
+    cdef readonly int cpus
+    cdef readonly int[::1] loaded
+    cdef readonly int[::1] prev
+    cdef readonly int[::1] depot
+    cdef readonly int[::1] depot_size
+    cdef unsigned long long _get(self, int cpu, int order, unsigned long long highest) noexcept nogil
+    cdef int _put(self, int cpu, int order, unsigned long long pfn) noexcept nogil
+    cdef int _depot_pop(self, int order) noexcept nogil
+    cdef int _depot_excess(self, int order, int online, int cpu) noexcept nogil
