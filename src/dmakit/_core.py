@@ -44,6 +44,7 @@ COMPILED_MODULES = (
     "dmakit.iommu.formats.base",
     "dmakit.iommu.formats.vtdss",
     "dmakit.iommu.formats.x86_64",
+    "dmakit.p2p.state",
     "dmakit.swiotlb.bounce",
     "dmakit.swiotlb.pool",
 )

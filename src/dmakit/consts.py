@@ -73,6 +73,13 @@ IO_TLB_SHIFT = 11
 IO_TLB_SIZE = 2048  # a slot
 IO_TLB_SEGSIZE = 128  # slots in a segment: the largest mapping
 
+# enum pci_p2pdma_map_type (include/linux/pci-p2pdma.h) ------------------------------------------------------
+P2P_MAP_UNKNOWN = 0
+P2P_MAP_NONE = 1
+P2P_MAP_NOT_SUPPORTED = 2
+P2P_MAP_BUS_ADDR = 3
+P2P_MAP_THRU_HOST_BRIDGE = 4
+
 # Causes of an invalidation -----------------------------------------------------------------------------------
 CAUSE_UNMAP = 0  # an unmap that flushes at once (strict mode, unlink)
 CAUSE_FQ_FULL = 1  # a full flush queue
