@@ -47,6 +47,7 @@ COMPILED_MODULES = (
     "dmakit.p2p.state",
     "dmakit.swiotlb.bounce",
     "dmakit.swiotlb.pool",
+    "dmakit.trace.scanner",
 )
 
 PACKAGE = Path(__file__).resolve().parent

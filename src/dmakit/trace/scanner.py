@@ -1,0 +1,489 @@
+"""The scanner: ftrace text to typed rows, one line at a time, no Python object per line when compiled.
+
+A line of ``trace``, ``trace_pipe`` or ``trace-cmd report`` is ``COMM-PID (TGID) [CPU] FLAGS STAMP: event: payload``.
+COMM may hold blanks, dashes, brackets and colons; TGID and FLAGS may be missing; STAMP is a count (``trace_clock``
+counter) or seconds with 3 to 9 decimals, kept as nanoseconds. The header is found from the left by the first
+``-PID [CPU]``; the payload is read by the declarations in ``events.py``, flattened into integers by ``pattern.Pattern``.
+
+Every line ends up in exactly one count: ``records`` (understood events, among them ``LOST`` markers), ``others`` (well
+formed, an event we do not read), ``notes`` (blank lines, comments, the tools' own remarks) or ``malformed``. Words are
+stored as hashes with the place of their text; ``columns.py`` turns them into small name ids.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+
+import cython
+
+from dmakit.trace.events import ABSENT
+from dmakit.trace.pattern import Pattern
+
+if cython.compiled:
+    from cython.cimports.dmakit.trace.pattern import (
+        ENTRY,
+        HEAD,
+        HOW_HEX,
+        HOW_LIST,
+        HOW_NUMBER,
+        HOW_TEXT,
+        LOST,
+        MALFORMED,
+        NOTE,
+        OTHER,
+        RECORD,
+        RETURN,
+        STEP,
+        TABLE,
+    )
+else:
+    from dmakit.trace.pattern import (
+        ENTRY,
+        HEAD,
+        HOW_HEX,
+        HOW_LIST,
+        HOW_NUMBER,
+        HOW_TEXT,
+        LOST,
+        MALFORMED,
+        NOTE,
+        OTHER,
+        RECORD,
+        RETURN,
+        STEP,
+        TABLE,
+    )
+
+_MASK = (1 << 64) - 1  # interpreted code only
+_DECIMAL = re.compile(rb"\d+")
+_HEXADECIMAL = re.compile(rb"[0-9a-fA-F]+")
+
+
+@cython.cclass
+class Scanner:
+    """Scans chunks of whole lines; after ``scan`` the rows are in ``rows()`` until the next call."""
+
+    def __init__(self) -> None:
+        pattern = Pattern()
+        self.pattern = pattern
+        self.width = pattern.width
+        self.anchor_texts = pattern.anchors
+        self.anchors = b"".join(pattern.anchors) or b"\0"
+        self.steps = memoryview(pattern.steps)
+        self.first_step = memoryview(pattern.first_step)
+        self.table_hash = memoryview(array("Q", bytes(8 * TABLE)))
+        self.table_kind = memoryview(array("q", [-1] * TABLE))
+        self.absent = ABSENT
+        self.seconds = False
+        for name, kind, salt in pattern.names():
+            self._enter(name, kind, salt)
+
+    def _enter(self, name: bytes, kind: int, salt: int) -> None:
+        """Put a name into the table; the first declaration of a name wins."""
+        self.text = name
+        self.data = name
+        hashed = self._hash(0, len(name)) ^ salt
+        slot = hashed & (TABLE - 1)
+        while self.table_kind[slot] >= 0 and self.table_hash[slot] != hashed:
+            slot = (slot + 1) & (TABLE - 1)
+        if self.table_kind[slot] < 0:
+            self.table_hash[slot] = hashed
+            self.table_kind[slot] = kind
+
+    def scan(self, text: bytes, first_line: int = 1) -> int:
+        """Scan whole lines; ``first_line`` numbers the first. Returns the number of lines."""
+        lines = text.count(b"\n") + (not text.endswith(b"\n") and bool(text))
+        self._room(lines, text.count(b",") + text.count(b"{") + 1)
+        if text:
+            self.text = text
+            self.data = text
+            self._scan(len(text), first_line)
+        return lines
+
+    def _room(self, lines: int, elements: int) -> None:
+        rows = max(lines, 1)
+        self.head = memoryview(array("Q", bytes(8 * rows * HEAD)))
+        self.values = memoryview(array("Q", bytes(8 * rows * self.width)))
+        self.words = memoryview(array("Q", bytes(8 * rows * self.width)))
+        self.pool = memoryview(array("Q", bytes(8 * elements)))
+        self.bad_lines = memoryview(array("Q", bytes(8 * rows)))
+        self.records = self.pooled = self.others = self.notes = self.malformed = 0
+
+    def rows(self) -> tuple[object, object, object, object, object]:
+        """(head, values, words, pool, bad_lines): flat uint64 buffers of the last scan, as memoryviews.
+
+        ``head``: ``records`` rows of HEAD; ``values``: rows of ``width``; ``words``: for word values, the place of
+        the text, offset << 20 | length; ``bad_lines``: offset << 32 | (line number) of malformed lines.
+        """
+        return self.head, self.values, self.words, self.pool, self.bad_lines
+
+    # Finding and reading -----------------------------------------------------------------------------
+
+    def _byte(self, byte: cython.int, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
+        """The place of ``byte`` in [begin, end), or -1."""
+        if cython.compiled:
+            at: cython.Py_ssize_t
+            for at in range(begin, end):
+                if self.data[at] == byte:
+                    return at
+            return -1
+        else:
+            return self.text.find(byte, begin, end)
+
+    def _anchor(self, step: cython.Py_ssize_t, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
+        """The place after the anchor text of ``step`` in [begin, end), or -1."""
+        if cython.compiled:
+            at: cython.Py_ssize_t
+            k: cython.Py_ssize_t
+            start: cython.Py_ssize_t = self.steps[step * STEP + 3]
+            size: cython.Py_ssize_t = self.steps[step * STEP + 4]
+            for at in range(begin, end - size + 1):
+                k = 0
+                while k < size and self.data[at + k] == self.anchors[start + k]:
+                    k += 1
+                if k == size:
+                    return at + size
+            return -1
+        else:
+            anchor = self.anchor_texts[step]
+            found = self.text.find(anchor, begin, end)
+            return found if found < 0 else found + len(anchor)
+
+    def _digits(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, base: cython.int) -> cython.ulonglong:
+        """The digits at ``begin``; sets ``at`` behind them and ``bad`` when there are none or over 64 bits."""
+        if cython.compiled:
+            value: cython.ulonglong = 0
+            limit: cython.ulonglong = ~cython.cast(cython.ulonglong, 0)
+            digit: cython.int
+            at: cython.Py_ssize_t = begin
+            self.bad = False
+            while at < end:
+                digit = self.data[at]
+                if 48 <= digit <= 57:
+                    digit -= 48
+                elif base == 16 and 97 <= digit <= 102:
+                    digit -= 87
+                elif base == 16 and 65 <= digit <= 70:
+                    digit -= 55
+                else:
+                    break
+                if value > (limit - digit) // base:
+                    self.bad = True
+                value = value * base + digit
+                at += 1
+            if at == begin:
+                self.bad = True
+            self.at = at
+            return value
+        else:
+            match = (_HEXADECIMAL if base == 16 else _DECIMAL).match(self.text, begin, end)
+            if match is None:
+                self.at, self.bad = begin, True
+                return 0
+            self.at = match.end()
+            value = int(match[0], base)
+            self.bad = value > _MASK
+            return value & _MASK
+
+    def _number(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, base: cython.int) -> cython.ulonglong:
+        """A number: ``0x`` makes it hexadecimal, ``-`` gives the two's complement."""
+        value: cython.ulonglong
+        if begin + 1 < end:
+            if self.data[begin] == 48 and self.data[begin + 1] == 120:
+                return self._digits(begin + 2, end, 16)
+            if self.data[begin] == 45:
+                value = self._digits(begin + 1, end, base)
+                if cython.compiled:
+                    return ~value + 1
+                else:
+                    return -value & _MASK
+        return self._digits(begin, end, base)
+
+    def _hash(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.ulonglong:
+        """A 64-bit hash of a word (FNV-like compiled, Python's own interpreted: only equality is ever used)."""
+        if cython.compiled:
+            at: cython.Py_ssize_t
+            value: cython.ulonglong = 0x4222325
+            prime: cython.ulonglong = (cython.cast(cython.ulonglong, 1) << 40) | 0x1B3
+            for at in range(begin, end):
+                value = (value ^ self.data[at]) * prime
+            return value
+        else:
+            return hash(self.text[begin:end]) & _MASK
+
+    def _skip(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
+        """The first place that is not a blank."""
+        while begin < end and self.data[begin] <= 32:
+            begin += 1
+        return begin
+
+    def _word(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
+        """The end of the word at ``begin``: a blank, quote, bracket or the end of the line."""
+        byte: cython.int
+        while begin < end:
+            byte = self.data[begin]
+            if byte <= 32 or byte == 34 or byte == 91 or byte == 93:
+                break
+            begin += 1
+        return begin
+
+    # The header -----------------------------------------------------------------------------------------
+
+    def _task(self, begin: cython.Py_ssize_t, bracket: cython.Py_ssize_t) -> cython.bint:
+        """Whether ``-PID`` (and an optional ``(TGID)``) ends right before ``bracket``; sets ``pid``."""
+        at: cython.Py_ssize_t = bracket - 1
+        last: cython.Py_ssize_t
+        while at > begin and self.data[at] == 32:
+            at -= 1
+        if at > begin and self.data[at] == 41:
+            while at > begin and self.data[at] != 40:
+                at -= 1
+            at -= 1
+            while at > begin and self.data[at] == 32:
+                at -= 1
+        last = at
+        while at > begin and 48 <= self.data[at] <= 57:
+            at -= 1
+        if at == last or at < begin or self.data[at] != 45:
+            return False
+        self.pid = self._digits(at + 1, last + 1, 10)
+        return not self.bad
+
+    def _where(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
+        """Find ``-PID [CPU]``; sets ``pid`` and ``cpu``; returns the place behind ``]`` or -1."""
+        close: cython.Py_ssize_t
+        bracket: cython.Py_ssize_t = self._byte(91, begin, end)
+        while bracket >= 0:
+            self.cpu = self._digits(bracket + 1, end, 10)
+            if not self.bad and self.at + 1 < end and self.data[self.at] == 93 and self.data[self.at + 1] <= 32:
+                close = self.at
+                if self._task(begin, bracket):
+                    return close + 1
+            bracket = self._byte(91, bracket + 1, end)
+        return -1
+
+    def _stamp(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.bint:
+        """Read ``123:`` or ``1.000456:`` ending at ``end``; sets ``stamp`` (nanoseconds for seconds)."""
+        whole: cython.ulonglong = self._digits(begin, end, 10)
+        part: cython.ulonglong
+        scale: cython.ulonglong
+        places: cython.Py_ssize_t
+        if self.bad:
+            return False
+        if self.at == end:
+            self.stamp = whole
+            return True
+        if self.data[self.at] != 46:
+            return False
+        places = end - self.at - 1
+        part = self._digits(self.at + 1, end, 10)
+        if self.bad or self.at != end or places > 9 or whole >> 33:
+            return False
+        scale = 1
+        while places < 9:
+            scale *= 10
+            places += 1
+        self.seconds = True
+        self.stamp = whole * 1000000000 + part * scale
+        return True
+
+    def _when(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
+        """Read ``[FLAGS] STAMP:``; sets ``context`` and ``stamp``; returns the place behind the colon or -1."""
+        tries: cython.int = 0
+        stop: cython.Py_ssize_t
+        self.context = 0
+        while tries < 2:
+            begin = self._skip(begin, end)
+            stop = self._byte(32, begin, end)
+            if stop < 0:
+                return -1
+            if self.data[stop - 1] == 58 and self._stamp(begin, stop - 1):
+                return stop
+            if stop - begin >= 3:  # irqs-off, need-resched, hardirq/softirq, preempt-depth, …
+                self.context = self.data[begin + 2]
+            begin = stop
+            tries += 1
+        return -1
+
+    # The payload ------------------------------------------------------------------------------------------
+
+    def _lookup(self, name: cython.ulonglong) -> cython.longlong:
+        slot: cython.Py_ssize_t = name & (TABLE - 1)
+        while self.table_kind[slot] >= 0:
+            if self.table_hash[slot] == name:
+                return self.table_kind[slot]
+            slot = (slot + 1) & (TABLE - 1)
+        return -1
+
+    def _kind(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.longlong:
+        """The kind of ``name: payload`` (or ``system:name: payload``), -1 unknown, -2 malformed; sets ``payload``."""
+        kind: cython.longlong
+        colon: cython.Py_ssize_t = self._byte(58, begin, end)
+        if colon > begin and colon + 1 < end and self.data[colon + 1] > 32:
+            begin = colon + 1
+            colon = self._byte(58, begin, end)
+        if colon <= begin or self._byte(32, begin, colon) >= 0:
+            return -2
+        self.payload = self._skip(colon + 1, end)
+        kind = self._lookup(self._hash(begin, colon))
+        if kind < 0 and self.payload < end and self.data[self.payload] == 40:
+            return self._by_symbol(self.payload, end)
+        return kind
+
+    def _by_symbol(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.longlong:
+        """The kind of a dynamic event from ``(symbol+0x4/0x3e0)`` or ``(caller+… <- symbol)``, -1 unknown."""
+        close: cython.Py_ssize_t = self._byte(41, begin, end)
+        arrow: cython.Py_ssize_t
+        stop: cython.Py_ssize_t
+        if close < 0:
+            return -1
+        arrow = self._byte(60, begin, close)
+        if arrow >= 0:
+            return self._lookup(self._hash(arrow + 3, close) ^ RETURN)
+        stop = self._byte(43, begin, close)
+        return -1 if stop < 0 else self._lookup(self._hash(begin + 1, stop) ^ ENTRY)
+
+    def _name(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, slot: cython.Py_ssize_t) -> cython.void:
+        """Store a word: its hash as the value, its place in ``words``."""
+        self.values[slot] = self._hash(begin, end)
+        self.words[slot] = (cython.cast(cython.ulonglong, begin) << 20) | cython.cast(cython.ulonglong, end - begin)
+
+    def _list(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, slot: cython.Py_ssize_t) -> cython.bint:
+        """Read ``{0x1,0x2}`` into the pool; the row keeps start and count."""
+        first: cython.Py_ssize_t = self.pooled
+        if begin >= end or self.data[begin] != 123:
+            return False
+        begin += 1
+        while begin < end and self.data[begin] != 125:
+            self.pool[self.pooled] = self._number(begin, end, 10)
+            if self.bad:
+                return False
+            self.pooled += 1
+            begin = self.at
+            if begin < end and self.data[begin] == 44:
+                begin += 1
+        self.at = begin
+        self.values[slot] = first
+        self.values[slot + 1] = self.pooled - first
+        return begin < end
+
+    def _field(
+        self, step: cython.Py_ssize_t, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, slot: cython.Py_ssize_t
+    ) -> cython.bint:
+        """Read one value at ``begin`` into ``slot``; sets ``at`` behind it."""
+        how: cython.longlong = self.steps[step * STEP]
+        stop: cython.Py_ssize_t
+        if how == HOW_NUMBER or how == HOW_HEX:
+            self.values[slot] = self._number(begin, end, 16 if how == HOW_HEX else 10)
+            return not self.bad
+        if how == HOW_LIST:
+            return self._list(begin, end, slot)
+        if how == HOW_TEXT:
+            self._name(begin, end, slot)
+            self.at = end
+            return True
+        if begin < end and self.data[begin] == 34:
+            begin += 1
+        stop = self._word(begin, end)
+        self._name(begin, stop, slot)
+        self.at = stop
+        return True
+
+    def _fields(self, kind: cython.longlong, end: cython.Py_ssize_t) -> cython.bint:
+        """Read the payload by the steps of ``kind`` into the next row; False when a needed field is not there."""
+        step: cython.Py_ssize_t
+        place: cython.Py_ssize_t
+        slot: cython.Py_ssize_t
+        at: cython.Py_ssize_t = self.payload
+        for step in range(self.first_step[kind], self.first_step[kind + 1]):
+            slot = self.records * self.width + self.steps[step * STEP + 2]
+            place = self._anchor(step, at, end)
+            if place < 0:  # other kernels may print the fields in another order
+                place = self._anchor(step, self.payload - 1, end)
+            if place < 0:
+                if not self.steps[step * STEP + 1]:
+                    return False
+                self.values[slot] = self.absent
+                if self.steps[step * STEP] == HOW_LIST:
+                    self.values[slot] = self.values[slot + 1] = 0
+                continue
+            if not self._field(step, place, end, slot):
+                return False
+            at = self.at
+        return True
+
+    # Lines ------------------------------------------------------------------------------------------------
+
+    def _put(self, kind: cython.longlong, number: cython.ulonglong) -> cython.void:
+        """Complete the row at ``records``."""
+        row: cython.Py_ssize_t = self.records * HEAD
+        self.head[row] = number
+        self.head[row + 1] = self.stamp
+        self.head[row + 2] = self.cpu
+        self.head[row + 3] = self.pid
+        self.head[row + 4] = self.context
+        self.head[row + 5] = kind
+        self.records += 1
+
+    def _lost(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, number: cython.ulonglong) -> cython.int:
+        """``CPU:1 [LOST 123 EVENTS]`` or ``CPU:1 [123 EVENTS DROPPED]`` behind ``CPU:``."""
+        bracket: cython.Py_ssize_t
+        digit: cython.Py_ssize_t
+        self.cpu = self._digits(begin, end, 10)
+        bracket = self._byte(91, begin, end)
+        if self.bad or bracket < 0:
+            return MALFORMED
+        digit = bracket
+        while digit < end and not 48 <= self.data[digit] <= 57:
+            digit += 1
+        self.values[self.records * self.width] = self._digits(digit, end, 10) if digit < end else self.absent
+        self.pid = 0
+        self.context = 0
+        self._put(LOST, number)
+        return RECORD
+
+    def _line(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, number: cython.ulonglong) -> cython.int:
+        """Scan one line; returns which count it belongs to."""
+        at: cython.Py_ssize_t
+        kind: cython.longlong
+        begin = self._skip(begin, end)
+        while end > begin and self.data[end - 1] <= 32:
+            end -= 1
+        if begin == end or self.data[begin] == 35:
+            return NOTE
+        if self.data[begin] == 67 and end - begin > 6 and self.data[begin + 1] == 80 and self.data[begin + 3] == 58:
+            return self._lost(begin + 4, end, number)
+        at = self._where(begin, end)
+        if at >= 0:
+            at = self._when(at, end)
+        if at < 0:
+            return MALFORMED
+        kind = self._kind(self._skip(at, end), end)
+        if kind < 0:
+            return OTHER if kind == -1 else MALFORMED
+        if not self._fields(kind, end):
+            return MALFORMED
+        self._put(kind, number)
+        return RECORD
+
+    def _scan(self, size: cython.Py_ssize_t, first_line: cython.ulonglong) -> cython.void:
+        """Scan ``size`` bytes of lines."""
+        begin: cython.Py_ssize_t = 0
+        end: cython.Py_ssize_t
+        count: cython.int
+        number: cython.ulonglong = first_line
+        while begin < size:
+            end = self._byte(10, begin, size)
+            if end < 0:
+                end = size
+            count = self._line(begin, end, number)
+            if count == OTHER:
+                self.others += 1
+            elif count == NOTE:
+                self.notes += 1
+            elif count == MALFORMED:
+                self.bad_lines[self.malformed] = (cython.cast(cython.ulonglong, begin) << 32) | number
+                self.malformed += 1
+            begin = end + 1
+            number += 1
