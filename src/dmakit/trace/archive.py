@@ -33,7 +33,7 @@ def _opened(raw: BinaryIO, kind: str) -> BinaryIO:
         return cast(BinaryIO, lzma.open(raw))
     if kind == "gzip":
         return cast(BinaryIO, gzip.open(raw))
-    return cast(BinaryIO, raw)
+    return raw
 
 
 def _zstd_blocks(raw: BinaryIO, size: int) -> Iterator[bytes]:

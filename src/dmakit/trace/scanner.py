@@ -3,12 +3,15 @@
 A line of ``trace``, ``trace_pipe`` or ``trace-cmd report`` is ``COMM-PID (TGID) [CPU] FLAGS STAMP: event: payload``.
 COMM may hold blanks, dashes, brackets and colons; TGID and FLAGS may be missing; STAMP is a count (``trace_clock``
 counter) or seconds with 3 to 9 decimals, kept as nanoseconds. The header is found from the left by the first
-``-PID [CPU]``; the payload is read by the declarations in ``events.py``, flattened into integers by ``pattern.Pattern``.
+``-PID [CPU]``; the payload is read by the declarations in ``events.py``, which ``pattern.Pattern`` flattens into
+integers.
 
 Every line ends up in exactly one count: ``records`` (understood events, among them ``LOST`` markers), ``others`` (well
 formed, an event we do not read), ``notes`` (blank lines, comments, the tools' own remarks) or ``malformed``. Words are
 stored as hashes with the place of their text; ``columns.py`` turns them into small name ids.
 """
+
+# ruff: noqa: RET505 (Cython drops the branch that is not compiled only when it stands in an else)
 
 from __future__ import annotations
 
@@ -26,7 +29,6 @@ if cython.compiled:
         HEAD,
         HOW_HEX,
         HOW_LIST,
-        HOW_NUMBER,
         HOW_TEXT,
         LOST,
         MALFORMED,
@@ -43,7 +45,6 @@ else:
         HEAD,
         HOW_HEX,
         HOW_LIST,
-        HOW_NUMBER,
         HOW_TEXT,
         LOST,
         MALFORMED,
@@ -374,7 +375,7 @@ class Scanner:
         """Read one value at ``begin`` into ``slot``; sets ``at`` behind it."""
         how: cython.longlong = self.steps[step * STEP]
         stop: cython.Py_ssize_t
-        if how == HOW_NUMBER or how == HOW_HEX:
+        if how <= HOW_HEX:
             self.values[slot] = self._number(begin, end, 16 if how == HOW_HEX else 10)
             return not self.bad
         if how == HOW_LIST:

@@ -1,0 +1,273 @@
+"""A trace as typed columns: one table of NumPy arrays for each kind of event, in one order of time.
+
+``load(path)`` scans a file. ``trace.table("af_in")`` gives a ``Table``: ``seq`` (place in the order of all events of
+the trace), ``line``, ``stamp`` (count or nanoseconds), ``cpu``, ``pid``, ``context`` (a byte: ``h``/``H`` hard
+interrupt, ``s`` soft interrupt; 0 without the column), and one uint64 array a field (``table["pfn"]``). Words are ids
+into ``trace.names``; lists are slices of ``trace.pool``. A kind that does not occur gives an empty table.
+
+Order: the kernel prints events sorted by time; files that are not (per-CPU buffers put one after the other) are
+sorted by stamp, and the file's order breaks ties. ``lost`` are the ``[LOST 123 EVENTS]`` markers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dmakit.errors import InputError
+from dmakit.trace.archive import line_chunks
+from dmakit.trace.events import ABSENT, EVENTS, KIND
+from dmakit.trace.pattern import HEAD, LOST
+from dmakit.trace.scanner import Scanner
+
+Words = npt.NDArray[np.uint64]
+Ints = npt.NDArray[np.int64]
+_HEADER = re.compile(rb"entries-in-buffer/entries-written: (\d+)/(\d+)\s+#P:(\d+)")
+_SHOWN = 5  # malformed lines kept with their text
+_COMMON = ("line", "stamp", "cpu", "pid", "context")
+
+
+@dataclass
+class Table:
+    """All events of one kind, in order of time. Column arrays have one element an event."""
+
+    name: str
+    seq: Ints
+    common: dict[str, Ints]
+    fields: dict[str, Words]
+
+    def __len__(self) -> int:
+        return len(self.seq)
+
+    def __getitem__(self, column: str) -> Words:
+        return self.fields[column]
+
+    def __getattr__(self, column: str) -> Ints:
+        try:
+            common: dict[str, Ints] = self.__dict__["common"]
+            return common[column]
+        except KeyError:
+            raise AttributeError(column) from None
+
+    def signed(self, column: str) -> Ints:
+        """A column of two's complement numbers (return values)."""
+        return self.fields[column].view(np.int64)
+
+    def take(self, index: npt.NDArray[Any]) -> Table:
+        """The rows that ``index`` (positions or a mask) selects."""
+        return Table(
+            self.name,
+            self.seq[index],
+            {name: column[index] for name, column in self.common.items()},
+            {name: column[index] for name, column in self.fields.items()},
+        )
+
+
+@dataclass
+class Trace:
+    """A scanned file: tables by event name and the counts of lines."""
+
+    path: str
+    tables: dict[str, Table] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    pool: Words = field(default_factory=lambda: np.empty(0, np.uint64))
+    lines: int = 0
+    records: int = 0
+    others: int = 0
+    notes: int = 0
+    malformed: int = 0
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    seconds: bool = False
+    sorted_by_stamp: bool = False
+    header: tuple[int, int, int] | None = None
+    lost: Table = field(default_factory=lambda: _empty("lost"))
+
+    def table(self, name: str) -> Table:
+        """The events of one kind (a name of ``events.EVENTS``)."""
+        if name not in KIND:
+            raise KeyError(f"{name!r} is not an event that the scanner knows")
+        return self.tables.get(name) or _empty(name)
+
+    def present(self) -> list[str]:
+        """The kinds that occur."""
+        return list(self.tables)
+
+    def word(self, number: int) -> str:
+        """The text of a word column's value; an empty string where the line had none."""
+        return "" if number == ABSENT else self.names[number]
+
+    def name_id(self, text: str) -> int:
+        """The id of a word, ABSENT when it does not occur."""
+        return self.names.index(text) if text in self.names else ABSENT
+
+    def elements(self, table: Table, column: str, row: int) -> list[int]:
+        """The list of a list column in one row."""
+        start, count = int(table[column][row]), int(table[f"{column}.count"][row])
+        found: list[int] = self.pool[start : start + count].tolist()
+        return found
+
+    @property
+    def cpus(self) -> int:
+        """CPUs on line: from the header, otherwise the highest CPU seen plus one."""
+        if self.header is not None:
+            return self.header[2]
+        seen = [int(table.cpu.max()) for table in self.tables.values() if len(table)]
+        return max(seen, default=0) + 1
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the header says that the ring buffer overwrote its oldest events."""
+        return self.header is not None and self.header[0] < self.header[1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the header is there and every event that it counts is in the file."""
+        return self.header is not None and not self.overwritten and self.records + self.others >= self.header[0]
+
+    @property
+    def malformed_text(self) -> str:
+        """The malformed lines in words, the first few shown."""
+        shown = "; ".join(f"line {number}: {text!r}" for number, text in self.bad)
+        more = ", …" if self.malformed > len(self.bad) else ""
+        return f"{self.malformed} malformed lines ({shown}{more})" if self.malformed else "no malformed line"
+
+
+def _columns(kind: int) -> dict[str, str]:
+    columns = {}
+    for item in EVENTS[kind].fields:
+        columns[item.column] = item.how
+        if item.how == "l":
+            columns[f"{item.column}.count"] = "n"
+    return columns
+
+
+def _empty(name: str) -> Table:
+    columns = _columns(KIND[name]) if name in KIND else {"count": "n"}
+    common = {column: np.empty(0, np.int64) for column in _COMMON}
+    return Table(name, np.empty(0, np.int64), common, {column: np.empty(0, np.uint64) for column in columns})
+
+
+class _Builder:
+    """Gathers the scanner's rows over chunks: per kind a list of (seq, head, values)."""
+
+    def __init__(self, path: str) -> None:
+        self.trace = Trace(path)
+        self.scanner = Scanner()
+        self.parts: dict[int, list[tuple[Ints, Words, Words]]] = {}
+        self.pools: list[Words] = []
+        self.pooled = 0
+        self.ids: dict[int, int] = {}
+
+    def add(self, chunk: bytes) -> None:
+        """Scan one chunk of whole lines."""
+        trace, scanner = self.trace, self.scanner
+        if trace.lines == 0 and (found := _HEADER.search(chunk[:4096])):
+            trace.header = (int(found[1]), int(found[2]), int(found[3]))
+        first = trace.records
+        trace.lines += scanner.scan(chunk, trace.lines + 1)
+        views = [np.frombuffer(view, np.uint64) for view in scanner.rows()]  # type: ignore[call-overload]
+        records, width = scanner.records, scanner.width
+        head = views[0][: records * HEAD].reshape(records, HEAD)
+        values = views[1][: records * width].reshape(records, width)
+        words = views[2][: records * width].reshape(records, width)
+        for kind in np.unique(head[:, 5]).tolist():
+            rows = np.flatnonzero(head[:, 5] == kind)
+            part = values[rows]
+            if kind != LOST:
+                self._translate(kind, part, words[rows], chunk)
+            self.parts.setdefault(kind, []).append((rows + first, head[rows], part))
+        self.pools.append(views[3][: scanner.pooled].copy())
+        self.pooled += scanner.pooled
+        self._count(chunk, views[4])
+
+    def _count(self, chunk: bytes, bad: Words) -> None:
+        trace, scanner = self.trace, self.scanner
+        for entry in bad[: min(scanner.malformed, _SHOWN - len(trace.bad))].tolist():
+            begin = entry >> 32
+            text = chunk[begin : begin + 120].split(b"\n")[0].decode("utf-8", "replace").strip()
+            trace.bad.append((entry & 0xFFFFFFFF, text))
+        trace.records += scanner.records
+        trace.others += scanner.others
+        trace.notes += scanner.notes
+        trace.malformed += scanner.malformed
+        trace.seconds = trace.seconds or bool(scanner.seconds)
+
+    def _translate(self, kind: int, part: Words, words: Words, chunk: bytes) -> None:
+        """Hashes of words to name ids, starts of lists to places in the whole pool."""
+        for slot, how in enumerate(_columns(kind).values()):
+            if how == "l":
+                part[:, slot] += np.uint64(self.pooled)
+            elif how in "st":
+                hashes, first, back = np.unique(part[:, slot], return_index=True, return_inverse=True)
+                ids = np.empty(len(hashes), np.uint64)
+                for which in np.argsort(first, kind="stable").tolist():
+                    ids[which] = self._id(int(hashes[which]), int(words[first[which], slot]), chunk)
+                part[:, slot] = ids[back]
+
+    def _id(self, hashed: int, place: int, chunk: bytes) -> int:
+        if hashed == ABSENT:
+            return ABSENT
+        if hashed not in self.ids:
+            begin, size = place >> 20, place & 0xFFFFF
+            self.ids[hashed] = len(self.trace.names)
+            self.trace.names.append(chunk[begin : begin + size].decode("utf-8", "replace"))
+        return self.ids[hashed]
+
+    def finish(self) -> Trace:
+        """The trace, its tables complete and in order of time."""
+        trace = self.trace
+        trace.pool = np.concatenate(self.pools) if self.pools else trace.pool
+        joined = {
+            kind: tuple(np.concatenate([part[i] for part in parts]) for i in range(3))
+            for kind, parts in self.parts.items()
+        }
+        rank = self._rank(joined)
+        for kind, (seq, head, values) in sorted(joined.items()):
+            table = _table(kind, seq, head, values)
+            if rank is not None:
+                table.seq = rank[table.seq]
+                table = table.take(np.argsort(table.seq))
+            if kind == LOST:
+                trace.lost = table
+            else:
+                trace.tables[table.name] = table
+        return trace
+
+    def _rank(self, joined: dict[int, tuple[Any, ...]]) -> Ints | None:
+        """The place of each record in the order of stamps, or None when the file has that order."""
+        stamps = np.zeros(self.trace.records, np.uint64)
+        for seq, head, _ in joined.values():
+            stamps[seq] = head[:, 1]
+        if len(stamps) < 2 or bool((stamps[1:] >= stamps[:-1]).all()):
+            return None
+        self.trace.sorted_by_stamp = True
+        rank = np.empty(len(stamps), np.int64)
+        rank[np.argsort(stamps, kind="stable")] = np.arange(len(stamps))
+        return rank
+
+
+def _table(kind: int, seq: Ints, head: Words, values: Words) -> Table:
+    common = {name: head[:, i].astype(np.int64) for i, name in enumerate(_COMMON)}
+    if kind == LOST:
+        return Table("lost", seq, common, {"count": values[:, 0].copy()})
+    columns = {column: np.ascontiguousarray(values[:, slot]) for slot, column in enumerate(_columns(kind))}
+    return Table(EVENTS[kind].name, seq, common, columns)
+
+
+def load(path: str | Path) -> Trace:
+    """Scan a trace file. InputError when it cannot be read or holds no event that dmakit knows."""
+    builder = _Builder(str(path))
+    for chunk in line_chunks(path):
+        builder.add(chunk)
+    trace = builder.finish()
+    if trace.records - len(trace.lost) == 0:
+        raise InputError(
+            f"{path}: no recognised event in {trace.lines} lines ({trace.others} of unknown events, "
+            f"{trace.malformed_text}); expected ftrace text, see: dmakit record --print"
+        )
+    return trace
