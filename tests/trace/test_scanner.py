@@ -12,7 +12,10 @@ from dmakit.trace.events import ABSENT, EVENTS
 from dmakit.trace.scanner import Scanner
 
 TRACES = Path(__file__).parent.parent / "data" / "kernel-traces"
-AF_OUT = "af_out: (iommu_dma_alloc_iova+0xf1/0x120 <- alloc_iova_fast) iovad=0xff1ac38384bb9800 size=4 limit=0xfffff pfn=0xfff32"
+AF_OUT = (
+    "af_out: (iommu_dma_alloc_iova+0xf1/0x120 <- alloc_iova_fast) "
+    "iovad=0xff1ac38384bb9800 size=4 limit=0xfffff pfn=0xfff32"
+)
 
 
 def scan(tmp_path: Path, *lines: str) -> Trace:

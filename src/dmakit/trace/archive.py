@@ -40,7 +40,7 @@ def _zstd_blocks(raw: BinaryIO, size: int) -> Iterator[bytes]:
     """Blocks of a zstd file; unlike zstandard's reader it notices a frame that stops in the middle."""
     decompressor = zstandard.ZstdDecompressor().decompressobj()
     ended, inside = True, False
-    while piece := raw.read(size):
+    while piece := raw.read(min(size, 1 << 20)):  # text packs 1:20 and more
         while piece:
             if ended:
                 decompressor = zstandard.ZstdDecompressor().decompressobj()
