@@ -167,3 +167,20 @@ PT_MAX_LEVELS = 5
 
 # read_and_clear_dirty flags --------------------------------------------------------------------------------------
 DIRTY_NO_CLEAR = 1
+
+# The trace scanner -----------------------------------------------------------------------------------------------
+SCAN_HEAD = 6  # integers before the values of a row: line, stamp, cpu, pid, context, kind
+SCAN_LOST = 255  # the kind of a "CPU:1 [LOST 123 EVENTS]" marker; its value 0 is the number of events
+SCAN_STEP = 5  # integers a step: how, optional, slot, anchor start, anchor length
+SCAN_TABLE = 512  # slots of the event-name table (a power of two, at most half full)
+LINE_OTHER = 0  # well formed, an event that is not read
+LINE_NOTE = 1  # blank, a comment, a remark of the recorder
+LINE_MALFORMED = 2
+LINE_RECORD = 3
+HOW_NUMBER = 0
+HOW_HEX = 1
+HOW_WORD = 2
+HOW_TEXT = 3
+HOW_LIST = 4
+SALT_ENTRY = 1  # distinguishes a function's name at its entry …
+SALT_RETURN = 2  # … from its name at its return

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from dmakit.trace import pattern
 from dmakit.trace.columns import Trace, load
 from dmakit.trace.events import ABSENT, EVENTS
 from dmakit.trace.scanner import Scanner
@@ -167,13 +166,6 @@ def test_a_chunk_boundary_changes_nothing(tmp_path: Path) -> None:
     assert first + half.scan(text[cut:], first + 1) == 9
     rows += list(half.rows()[1][: half.records * half.width])  # type: ignore[index]
     assert rows == list(whole.rows()[1][: whole.records * whole.width])  # type: ignore[index]
-
-
-def test_compiled_constants_are_the_interpreted_ones() -> None:
-    declared = Path(pattern.__file__).with_name("pattern.pxd").read_text().splitlines()[1:]
-    for line in declared:
-        name, value = line.split(" = ")
-        assert getattr(pattern, name.strip()) == int(value), name
 
 
 def test_a_real_trace_is_read_to_the_last_line() -> None:

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dmakit.consts import SCAN_HEAD, SCAN_LOST
 from dmakit.errors import InputError
 from dmakit.trace.archive import line_chunks
 from dmakit.trace.events import ABSENT, EVENTS, KIND
-from dmakit.trace.pattern import HEAD, LOST
 from dmakit.trace.scanner import Scanner
 
 Words = npt.NDArray[np.uint64]
@@ -172,13 +172,13 @@ class _Builder:
         trace.lines += scanner.scan(chunk, trace.lines + 1)
         views = [np.frombuffer(view, np.uint64) for view in scanner.rows()]  # type: ignore[call-overload]
         records, width = scanner.records, scanner.width
-        head = views[0][: records * HEAD].reshape(records, HEAD)
+        head = views[0][: records * SCAN_HEAD].reshape(records, SCAN_HEAD)
         values = views[1][: records * width].reshape(records, width)
         words = views[2][: records * width].reshape(records, width)
         for kind in np.unique(head[:, 5]).tolist():
             rows = np.flatnonzero(head[:, 5] == kind)
             part = values[rows]
-            if kind != LOST:
+            if kind != SCAN_LOST:
                 self._translate(kind, part, words[rows], chunk)
             self.parts.setdefault(kind, []).append((rows + first, head[rows], part))
         self.pools.append(views[3][: scanner.pooled].copy())
@@ -232,7 +232,7 @@ class _Builder:
             if rank is not None:
                 table.seq = rank[table.seq]
                 table = table.take(np.argsort(table.seq))
-            if kind == LOST:
+            if kind == SCAN_LOST:
                 trace.lost = table
             else:
                 trace.tables[table.name] = table
@@ -253,7 +253,7 @@ class _Builder:
 
 def _table(kind: int, seq: Ints, head: Words, values: Words) -> Table:
     common = {name: head[:, i].astype(np.int64) for i, name in enumerate(_COMMON)}
-    if kind == LOST:
+    if kind == SCAN_LOST:
         return Table("lost", seq, common, {"count": values[:, 0].copy()})
     columns = {column: np.ascontiguousarray(values[:, slot]) for slot, column in enumerate(_columns(kind))}
     return Table(EVENTS[kind].name, seq, common, columns)

@@ -24,36 +24,36 @@ from dmakit.trace.events import ABSENT
 from dmakit.trace.pattern import Pattern
 
 if cython.compiled:
-    from cython.cimports.dmakit.trace.pattern import (
-        ENTRY,
-        HEAD,
+    from cython.cimports.dmakit.consts import (
         HOW_HEX,
         HOW_LIST,
         HOW_TEXT,
-        LOST,
-        MALFORMED,
-        NOTE,
-        OTHER,
-        RECORD,
-        RETURN,
-        STEP,
-        TABLE,
+        LINE_MALFORMED,
+        LINE_NOTE,
+        LINE_OTHER,
+        LINE_RECORD,
+        SALT_ENTRY,
+        SALT_RETURN,
+        SCAN_HEAD,
+        SCAN_LOST,
+        SCAN_STEP,
+        SCAN_TABLE,
     )
 else:
-    from dmakit.trace.pattern import (
-        ENTRY,
-        HEAD,
+    from dmakit.consts import (
         HOW_HEX,
         HOW_LIST,
         HOW_TEXT,
-        LOST,
-        MALFORMED,
-        NOTE,
-        OTHER,
-        RECORD,
-        RETURN,
-        STEP,
-        TABLE,
+        LINE_MALFORMED,
+        LINE_NOTE,
+        LINE_OTHER,
+        LINE_RECORD,
+        SALT_ENTRY,
+        SALT_RETURN,
+        SCAN_HEAD,
+        SCAN_LOST,
+        SCAN_STEP,
+        SCAN_TABLE,
     )
 
 _MASK = (1 << 64) - 1  # interpreted code only
@@ -73,8 +73,8 @@ class Scanner:
         self.anchors = b"".join(pattern.anchors) or b"\0"
         self.steps = memoryview(pattern.steps)
         self.first_step = memoryview(pattern.first_step)
-        self.table_hash = memoryview(array("Q", bytes(8 * TABLE)))
-        self.table_kind = memoryview(array("q", [-1] * TABLE))
+        self.table_hash = memoryview(array("Q", bytes(8 * SCAN_TABLE)))
+        self.table_kind = memoryview(array("q", [-1] * SCAN_TABLE))
         self.absent = ABSENT
         self.seconds = False
         for name, kind, salt in pattern.names():
@@ -85,9 +85,9 @@ class Scanner:
         self.text = name
         self.data = name
         hashed = self._hash(0, len(name)) ^ salt
-        slot = hashed & (TABLE - 1)
+        slot = hashed & (SCAN_TABLE - 1)
         while self.table_kind[slot] >= 0 and self.table_hash[slot] != hashed:
-            slot = (slot + 1) & (TABLE - 1)
+            slot = (slot + 1) & (SCAN_TABLE - 1)
         if self.table_kind[slot] < 0:
             self.table_hash[slot] = hashed
             self.table_kind[slot] = kind
@@ -104,7 +104,7 @@ class Scanner:
 
     def _room(self, lines: int, elements: int) -> None:
         rows = max(lines, 1)
-        self.head = memoryview(array("Q", bytes(8 * rows * HEAD)))
+        self.head = memoryview(array("Q", bytes(8 * rows * SCAN_HEAD)))
         self.values = memoryview(array("Q", bytes(8 * rows * self.width)))
         self.words = memoryview(array("Q", bytes(8 * rows * self.width)))
         self.pool = memoryview(array("Q", bytes(8 * elements)))
@@ -114,7 +114,7 @@ class Scanner:
     def rows(self) -> tuple[object, object, object, object, object]:
         """(head, values, words, pool, bad_lines): flat uint64 buffers of the last scan, as memoryviews.
 
-        ``head``: ``records`` rows of HEAD; ``values``: rows of ``width``; ``words``: for word values, the place of
+        ``head``: ``records`` rows of SCAN_HEAD; ``values``: rows of ``width``; ``words``: for word values, the place of
         the text, offset << 20 | length; ``bad_lines``: offset << 32 | (line number) of malformed lines.
         """
         return self.head, self.values, self.words, self.pool, self.bad_lines
@@ -137,8 +137,8 @@ class Scanner:
         if cython.compiled:
             at: cython.Py_ssize_t
             k: cython.Py_ssize_t
-            start: cython.Py_ssize_t = self.steps[step * STEP + 3]
-            size: cython.Py_ssize_t = self.steps[step * STEP + 4]
+            start: cython.Py_ssize_t = self.steps[step * SCAN_STEP + 3]
+            size: cython.Py_ssize_t = self.steps[step * SCAN_STEP + 4]
             for at in range(begin, end - size + 1):
                 k = 0
                 while k < size and self.data[at + k] == self.anchors[start + k]:
@@ -310,11 +310,11 @@ class Scanner:
     # The payload ------------------------------------------------------------------------------------------
 
     def _lookup(self, name: cython.ulonglong) -> cython.longlong:
-        slot: cython.Py_ssize_t = name & (TABLE - 1)
+        slot: cython.Py_ssize_t = name & (SCAN_TABLE - 1)
         while self.table_kind[slot] >= 0:
             if self.table_hash[slot] == name:
                 return self.table_kind[slot]
-            slot = (slot + 1) & (TABLE - 1)
+            slot = (slot + 1) & (SCAN_TABLE - 1)
         return -1
 
     def _kind(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.longlong:
@@ -341,9 +341,9 @@ class Scanner:
             return -1
         arrow = self._byte(60, begin, close)
         if arrow >= 0:
-            return self._lookup(self._hash(arrow + 3, close) ^ RETURN)
+            return self._lookup(self._hash(arrow + 3, close) ^ SALT_RETURN)
         stop = self._byte(43, begin, close)
-        return -1 if stop < 0 else self._lookup(self._hash(begin + 1, stop) ^ ENTRY)
+        return -1 if stop < 0 else self._lookup(self._hash(begin + 1, stop) ^ SALT_ENTRY)
 
     def _name(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, slot: cython.Py_ssize_t) -> cython.void:
         """Store a word: its hash as the value, its place in ``words``."""
@@ -373,7 +373,7 @@ class Scanner:
         self, step: cython.Py_ssize_t, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, slot: cython.Py_ssize_t
     ) -> cython.bint:
         """Read one value at ``begin`` into ``slot``; sets ``at`` behind it."""
-        how: cython.longlong = self.steps[step * STEP]
+        how: cython.longlong = self.steps[step * SCAN_STEP]
         stop: cython.Py_ssize_t
         if how <= HOW_HEX:
             self.values[slot] = self._number(begin, end, 16 if how == HOW_HEX else 10)
@@ -398,15 +398,15 @@ class Scanner:
         slot: cython.Py_ssize_t
         at: cython.Py_ssize_t = self.payload
         for step in range(self.first_step[kind], self.first_step[kind + 1]):
-            slot = self.records * self.width + self.steps[step * STEP + 2]
+            slot = self.records * self.width + self.steps[step * SCAN_STEP + 2]
             place = self._anchor(step, at, end)
             if place < 0:  # other kernels may print the fields in another order
                 place = self._anchor(step, self.payload - 1, end)
             if place < 0:
-                if not self.steps[step * STEP + 1]:
+                if not self.steps[step * SCAN_STEP + 1]:
                     return False
                 self.values[slot] = self.absent
-                if self.steps[step * STEP] == HOW_LIST:
+                if self.steps[step * SCAN_STEP] == HOW_LIST:
                     self.values[slot] = self.values[slot + 1] = 0
                 continue
             if not self._field(step, place, end, slot):
@@ -418,7 +418,7 @@ class Scanner:
 
     def _put(self, kind: cython.longlong, number: cython.ulonglong) -> cython.void:
         """Complete the row at ``records``."""
-        row: cython.Py_ssize_t = self.records * HEAD
+        row: cython.Py_ssize_t = self.records * SCAN_HEAD
         self.head[row] = number
         self.head[row + 1] = self.stamp
         self.head[row + 2] = self.cpu
@@ -434,15 +434,15 @@ class Scanner:
         self.cpu = self._digits(begin, end, 10)
         bracket = self._byte(91, begin, end)
         if self.bad or bracket < 0:
-            return MALFORMED
+            return LINE_MALFORMED
         digit = bracket
         while digit < end and not 48 <= self.data[digit] <= 57:
             digit += 1
         self.values[self.records * self.width] = self._digits(digit, end, 10) if digit < end else self.absent
         self.pid = 0
         self.context = 0
-        self._put(LOST, number)
-        return RECORD
+        self._put(SCAN_LOST, number)
+        return LINE_RECORD
 
     def _line(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, number: cython.ulonglong) -> cython.int:
         """Scan one line; returns which count it belongs to."""
@@ -452,21 +452,21 @@ class Scanner:
         while end > begin and self.data[end - 1] <= 32:
             end -= 1
         if begin == end or self.data[begin] == 35:
-            return NOTE
+            return LINE_NOTE
         if self.data[begin] == 67 and end - begin > 6 and self.data[begin + 1] == 80 and self.data[begin + 3] == 58:
             return self._lost(begin + 4, end, number)
         at = self._where(begin, end)
         if at >= 0:
             at = self._when(at, end)
         if at < 0:
-            return MALFORMED
+            return LINE_MALFORMED
         kind = self._kind(self._skip(at, end), end)
         if kind < 0:
-            return OTHER if kind == -1 else MALFORMED
+            return LINE_OTHER if kind == -1 else LINE_MALFORMED
         if not self._fields(kind, end):
-            return MALFORMED
+            return LINE_MALFORMED
         self._put(kind, number)
-        return RECORD
+        return LINE_RECORD
 
     def _scan(self, size: cython.Py_ssize_t, first_line: cython.ulonglong) -> cython.void:
         """Scan ``size`` bytes of lines."""
@@ -479,11 +479,11 @@ class Scanner:
             if end < 0:
                 end = size
             count = self._line(begin, end, number)
-            if count == OTHER:
+            if count == LINE_OTHER:
                 self.others += 1
-            elif count == NOTE:
+            elif count == LINE_NOTE:
                 self.notes += 1
-            elif count == MALFORMED:
+            elif count == LINE_MALFORMED:
                 self.bad_lines[self.malformed] = (cython.cast(cython.ulonglong, begin) << 32) | number
                 self.malformed += 1
             begin = end + 1
