@@ -42,7 +42,7 @@ class Pattern:
         self.width = max(sum(2 if f.how == "l" else 1 for f in event.fields) for event in events)
 
     def names(self) -> list[tuple[bytes, int, int]]:
-        """(name, kind, salt) of every event name, and of every traced kernel function under salt SALT_ENTRY or SALT_RETURN."""
+        """(name, kind, salt): every event name, and every traced kernel function with the salt of entry or return."""
         found = []
         for kind, event in enumerate(self.events):
             found += [(name.encode(), kind, 0) for name in (event.name, *event.aliases)]
