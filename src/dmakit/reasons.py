@@ -42,6 +42,10 @@ class Reason(IntEnum):
     MAX_SEGMENT = 23
     SEGMENT_BOUNDARY = 24
     NOT_IN_TRACE = 25
+    NO_VIRT_BOUNDARY = 26
+    NO_DATA = 27
+    DESCRIPTORS_EXHAUSTED = 28
+    MALFORMED_SEGMENTS = 29
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +172,23 @@ RULES: dict[Reason, Rule] = {
         "an output segment met the device's segment boundary",
         "a wider dma_set_seg_boundary",
         "drivers/iommu/dma-iommu.c iommu_dma_map_sg",
+    ),
+    Reason.NO_VIRT_BOUNDARY: Rule(
+        "the queue has no virtual boundary as wide as the IOMMU granule, and Linux 6.17 and 6.18 ask the queue, not "
+        "the request: each segment is mapped by itself",
+        "Linux 6.19 or later, where the request's own gaps decide",
+        "block/blk-mq-dma.c blk_can_dma_map_iova (6.17)",
+    ),
+    Reason.NO_DATA: Rule("the command carries no data: nothing is mapped", "it is the fast path"),
+    Reason.DESCRIPTORS_EXHAUSTED: Rule(
+        "no memory for a PRP or SGL list, or for the vectors that unmapping needs: the request is undone and retried",
+        "more memory",
+        "drivers/nvme/host/pci.c nvme_pci_setup_data_prp, nvme_pci_setup_data_sgl",
+    ),
+    Reason.MALFORMED_SEGMENTS: Rule(
+        "segments do not meet on controller pages, which PRPs cannot describe: the request fails",
+        "a controller with SGL support, or buffers whose interior segments are page-aligned",
+        "drivers/nvme/host/pci.c nvme_pci_setup_data_prp",
     ),
     Reason.NOT_IN_TRACE: Rule("not knowable from this trace", "record the missing events (dmakit record --print)"),
 }

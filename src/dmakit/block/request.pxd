@@ -1,0 +1,26 @@
+from dmakit.block.segments cimport SegmentIter
+
+cdef class Payload:
+    cdef readonly unsigned long long[::1] phys
+    cdef readonly unsigned long long[::1] length
+    cdef readonly Py_ssize_t count
+    cdef readonly unsigned long long size
+    cdef readonly int gap_bit
+    cdef readonly int segments
+    cdef readonly unsigned long long max_size
+    cdef readonly unsigned long long boundary
+    cdef void _measure(self) noexcept nogil
+    cdef void _iterate(self, SegmentIter walk) noexcept
+
+cdef class Request:
+    cdef readonly int op
+    cdef readonly unsigned long long sector
+    cdef readonly int cpu
+    cdef readonly int direction
+    cdef readonly bint user_command
+    cdef readonly object limits
+    cdef readonly Payload data
+    cdef readonly Payload integrity
+    cdef readonly object ranges
+    cdef public int tag
+    cdef public object context

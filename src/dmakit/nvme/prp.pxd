@@ -1,0 +1,41 @@
+from dmakit.nvme.pool cimport DescriptorPool
+
+cdef unsigned long long _PAGE
+cdef unsigned long long _LOW
+cdef int _PER_PAGE
+cdef int _PER_SMALL
+cdef unsigned long long _MAX_TOTAL
+cdef int _BAD_OFFSET
+
+cdef class PrpWriter:
+    cdef readonly DescriptorPool small
+    cdef readonly DescriptorPool large
+    cdef readonly unsigned long long prp1
+    cdef readonly unsigned long long prp2
+    cdef readonly unsigned long long left
+    cdef readonly list blocks
+    cdef list batch
+    cdef readonly int entries
+    cdef unsigned long long[::1] words
+    cdef int slot
+    cdef int stage
+    cdef void _begin(self, unsigned long long total) noexcept
+    cdef int _feed(self, unsigned long long addr, unsigned long long length) except 1
+    cdef int _open(self) except -1
+    cdef int _chain(self) except -1
+    cdef Py_ssize_t _batch(self, unsigned long long[::1] addrs, unsigned long long[::1] lengths,
+                           unsigned long long[::1] bounds, unsigned long long[::1] prps) except -2
+
+cdef class PrpWalker:
+    cdef readonly unsigned long long[::1] addr
+    cdef readonly unsigned long long[::1] length
+    cdef readonly Py_ssize_t count
+    cdef readonly unsigned long long left
+    cdef readonly unsigned long long list_addr
+    cdef readonly int list_entries
+    cdef readonly int status
+    cdef void _begin(self, unsigned long long prp1, unsigned long long prp2, unsigned long long size) except *
+    cdef void _entry(self, unsigned long long addr) except *
+    cdef void _want(self, unsigned long long addr) except *
+    cdef void _list(self, unsigned long long[::1] words) except *
+    cdef void _grow(self) except *

@@ -1,0 +1,314 @@
+"""PRP lists: writing them as Linux does, reading them as a controller does.
+
+A *PRP entry* (physical region page) is a 64-bit address that describes memory up to the end of its controller
+page (4 KiB). PRP1 may point anywhere into a page; every other entry has page offset 0. A command has two
+entries: when the data needs a third, PRP2 becomes the address of a *list*; when a list of 512 entries is not
+enough, its last entry becomes the address of the next list page.
+
+``PrpWriter`` is fed the mapped ranges of a request one after the other, while they are mapped (one pass):
+``begin(total)``, ``feed(addr, length)`` …, then ``prp1``, ``prp2`` and ``blocks`` (list pages, in chain order) are
+ready. A list that needs at most 32 entries lives in a 256-byte block. When the 513th entry comes, the 512th
+moves to a new page and its slot becomes the link.
+
+``PrpWalker`` does no memory access of its own: ``begin(prp1, prp2, size)``, then as long as ``list_entries`` is not
+0 the caller reads that many words at ``list_addr`` and hands them to ``list_words``. ``ranges`` (neighbouring pages
+joined) or an error ``status`` come out.
+
+Models ``drivers/nvme/host/pci.c`` (``nvme_pci_setup_data_prp``) and "Physical Region Page Entry and List" of the
+NVM Express Base Specification.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+
+import cython
+
+from dmakit.errors import DmakitError, MisuseError
+from dmakit.nvme.pool import words_of
+from dmakit.nvme.spec import Status
+
+if cython.compiled:
+    from cython.cimports.dmakit.consts import EIO
+    from cython.cimports.dmakit.nvme.pool import Block, DescriptorPool
+else:
+    from dmakit.consts import EIO
+    from dmakit.nvme.pool import Block, DescriptorPool
+
+_PAGE = 4096
+_LOW = 4095
+_PER_PAGE = 512
+_PER_SMALL = 32
+_MAX_TOTAL = (1 << 32) - 1
+_BAD_OFFSET = int(Status.PRP_OFFSET_INVALID)
+
+
+def entries_needed(addr: int, size: int) -> int:
+    """PRP entries that ``size`` bytes at DMA address ``addr`` take, PRP1 included."""
+    return ((addr & 4095) + size + 4095) >> 12
+
+
+@cython.cclass
+class PrpWriter:
+    """Writes the PRPs of one request at a time into blocks of the two pools."""
+
+    def __init__(self, small: DescriptorPool, large: DescriptorPool) -> None:
+        self.small = small
+        self.large = large
+        self.blocks: list[Block] = []
+        self.batch: list[list[Block]] = []
+        self._begin(0)
+
+    def _begin(self, total: cython.ulonglong) -> cython.void:
+        """Start a request of ``total`` bytes; forgets the blocks of the one before (they belong to its owner)."""
+        self.prp1 = 0
+        self.prp2 = 0
+        self.left = total
+        self.entries = 0
+        self.slot = 0
+        self.stage = 0
+        self.blocks = []
+
+    def _feed(self, addr: cython.ulonglong, length: cython.ulonglong) -> cython.int:
+        """Append a mapped range; 0, or -EIO when the ranges do not meet on pages or exceed the total.
+
+        Raises ExhaustedError when a list page cannot be had; ``blocks`` then holds what was taken before.
+        """
+        take: cython.ulonglong
+        while length > 0:
+            take = _PAGE - (addr & _LOW)
+            if take > self.left:
+                take = self.left
+            if take == 0 or length < take or (self.stage != 0 and addr & _LOW != 0):
+                return -EIO
+            if self.stage == 0:
+                self.prp1 = addr
+                self.stage = 1
+            elif self.stage == 1 and self.left <= _PAGE:
+                self.prp2 = addr
+            else:
+                if self.stage == 1:
+                    self._open()
+                elif self.slot == _PER_PAGE:
+                    self._chain()
+                self.words[self.slot] = addr
+                self.slot += 1
+            self.entries += 1
+            addr += take
+            length -= take
+            self.left -= take
+        return 0
+
+    def _open(self) -> cython.int:
+        """Take the first list block; small when everything that is left fits in it."""
+        block: Block
+        if (self.left + _LOW) >> 12 <= _PER_SMALL:
+            block = self.small._alloc()
+        else:
+            block = self.large._alloc()
+        self.blocks.append(block)
+        self.prp2 = block.addr
+        self.words = block.words
+        self.stage = 2
+        return 0
+
+    def _chain(self) -> cython.int:
+        """Take another list page: the last entry moves there, the link takes its place."""
+        block: Block = self.large._alloc()
+        self.blocks.append(block)
+        block.words[0] = self.words[self.slot - 1]
+        self.words[self.slot - 1] = block.addr
+        self.words = block.words
+        self.slot = 1
+        return 0
+
+    def begin(self, total: int) -> None:
+        """Start a request of ``total`` bytes."""
+        if total <= 0 or total >= 1 << 32:
+            raise MisuseError(f"PRP: total={total}: must lie in [1, 2^32)")
+        self._begin(total)
+
+    def feed(self, addr: int, length: int) -> None:
+        """Append the mapped range [addr, addr+length)."""
+        if not 0 <= addr < 1 << 63 or length <= 0 or length >= 1 << 32:
+            raise MisuseError(
+                f"PRP: range (addr={addr:#x}, length={length}): addr must lie in [0, 2^63), length above 0"
+            )
+        if self._feed(addr, length):
+            raise MisuseError(
+                f"PRP: range (addr={addr:#x}, length={length}) does not continue the request: ranges must meet on "
+                f"{4096}-byte pages and stay within the total",
+                errno.EIO,
+            )
+
+    def build(self, ranges: list[tuple[int, int]]) -> tuple[int, int, list[Block]]:
+        """(PRP1, PRP2, list blocks) for the ranges of one request; on failure the blocks are given back."""
+        self.begin(sum(length for _, length in ranges))
+        try:
+            for addr, length in ranges:
+                self.feed(addr, length)
+        except DmakitError:
+            self.drop(self.blocks)
+            raise
+        return self.prp1, self.prp2, self.blocks
+
+    def build_batch(
+        self,
+        addrs: memoryview[int],
+        lengths: memoryview[int],
+        bounds: memoryview[int],
+        prps: memoryview[int],
+    ) -> list[list[Block]]:
+        """PRPs of many requests at once.
+
+        ``addrs`` and ``lengths`` hold all ranges (uint64), request i has those from ``bounds[i]`` to ``bounds[i+1]``;
+        ``prps`` receives PRP1 and PRP2 of request i at 2i and 2i+1. Returns the list blocks of each request. On a
+        failure every block of the batch is given back.
+        """
+        blocks: list[list[Block]] = []
+        self.batch = blocks
+        out = words_of("prps", prps, 2 * len(bounds) - 2)
+        try:
+            failed = self._batch(
+                words_of("addrs", addrs), words_of("lengths", lengths), words_of("bounds", bounds, 1), out
+            )
+            if failed >= 0:
+                raise MisuseError(
+                    f"PRP: request {failed}: its bounds are wrong, or its ranges do not meet on 4096-byte pages",
+                    errno.EIO,
+                )
+        except DmakitError:
+            for taken in blocks:
+                self.drop(taken)
+            raise
+        return blocks
+
+    def _batch(
+        self,
+        addrs: memoryview[int],
+        lengths: memoryview[int],
+        bounds: memoryview[int],
+        prps: memoryview[int],
+    ) -> cython.Py_ssize_t:
+        """Build every request; -1, or the number of the one whose ranges PRPs cannot describe."""
+        i: cython.Py_ssize_t
+        j: cython.Py_ssize_t
+        total: cython.ulonglong
+        for i in range(len(bounds) - 1):
+            if bounds[i + 1] < bounds[i] or bounds[i + 1] > len(addrs) or bounds[i + 1] > len(lengths):
+                return i
+            total = 0
+            for j in range(bounds[i], bounds[i + 1]):
+                total += lengths[j]
+            if total == 0 or total > _MAX_TOTAL:
+                return i
+            self._begin(total)
+            self.batch.append(self.blocks)
+            for j in range(bounds[i], bounds[i + 1]):
+                if lengths[j] == 0 or self._feed(addrs[j], lengths[j]) != 0:
+                    return i
+            prps[2 * i] = self.prp1
+            prps[2 * i + 1] = self.prp2
+        return -1
+
+    def drop(self, blocks: list[Block]) -> None:
+        """Give list blocks back to their pools."""
+        for block in blocks:
+            (self.small if block.size == self.small.size else self.large).release(block)
+        blocks.clear()
+
+
+@cython.cclass
+class PrpWalker:
+    """Reads the PRPs of one command; see the head of the module for the dialogue."""
+
+    def __init__(self) -> None:
+        self.addr = memoryview(array("Q", bytes(8 * 64)))
+        self.length = memoryview(array("Q", bytes(8 * 64)))
+        self._begin(0, 0, 0)
+
+    def _begin(self, prp1: cython.ulonglong, prp2: cython.ulonglong, size: cython.ulonglong) -> cython.void:
+        """Take the command's entries for ``size`` bytes."""
+        self.count = 0
+        self.left = size
+        self.list_addr = 0
+        self.list_entries = 0
+        self.status = 0
+        if size == 0:
+            return
+        if prp1 & 3 != 0:
+            self.status = _BAD_OFFSET
+            return
+        self._entry(prp1)
+        if self.left == 0:
+            return
+        if self.left <= _PAGE:
+            if prp2 & _LOW != 0:
+                self.status = _BAD_OFFSET
+            else:
+                self._entry(prp2)
+        elif prp2 & 7 != 0:
+            self.status = _BAD_OFFSET
+        else:
+            self._want(prp2)
+
+    def _entry(self, addr: cython.ulonglong) -> cython.void:
+        """Memory from ``addr`` to the end of its page, or of the data."""
+        take: cython.ulonglong = _PAGE - (addr & _LOW)
+        if take > self.left:
+            take = self.left
+        if self.count > 0 and self.addr[self.count - 1] + self.length[self.count - 1] == addr:
+            self.length[self.count - 1] += take
+        else:
+            if self.count == len(self.addr):
+                self._grow()
+            self.addr[self.count] = addr
+            self.length[self.count] = take
+            self.count += 1
+        self.left -= take
+
+    def _want(self, addr: cython.ulonglong) -> cython.void:
+        """Ask for the entries of the list at ``addr``: all that are needed, or all up to the end of its page."""
+        needed: cython.ulonglong = (self.left + _LOW) >> 12
+        room: cython.ulonglong = (_PAGE - (addr & _LOW)) >> 3
+        self.list_addr = addr
+        self.list_entries = needed if needed < room else room
+
+    def _list(self, words: memoryview[int]) -> cython.void:
+        """Take the entries asked for."""
+        at: cython.int
+        entries: cython.int = self.list_entries
+        self.list_entries = 0
+        for at in range(entries):
+            if words[at] & _LOW != 0:
+                self.status = _BAD_OFFSET
+                return
+            if at == entries - 1 and self.left > _PAGE:
+                self._want(words[at])
+                return
+            self._entry(words[at])
+
+    def _grow(self) -> cython.void:
+        """Double the arrays."""
+        self.addr = memoryview(array("Q", bytes(self.addr) + bytes(8 * len(self.addr))))
+        self.length = memoryview(array("Q", bytes(self.length) + bytes(8 * len(self.length))))
+
+    def begin(self, prp1: int, prp2: int, size: int) -> None:
+        """Start reading a command's PRPs that describe ``size`` bytes."""
+        if size < 0 or not 0 <= prp1 < 1 << 64 or not 0 <= prp2 < 1 << 64:
+            raise MisuseError(
+                f"PRP: prp1={prp1:#x}, prp2={prp2:#x}, size={size}: entries have 64 bits, size is not negative"
+            )
+        self._begin(prp1, prp2, size)
+
+    def list_words(self, payload: bytes) -> None:
+        """The ``list_entries`` words that were read at ``list_addr``."""
+        if len(payload) != 8 * self.list_entries or not self.list_entries:
+            raise MisuseError(f"PRP list: {len(payload)} bytes given, {8 * self.list_entries} asked for")
+        self._list(memoryview(array("Q", payload)))
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """(address, length) pairs; neighbouring pages are joined."""
+        return [(self.addr[i], self.length[i]) for i in range(self.count)]

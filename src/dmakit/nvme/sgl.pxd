@@ -1,0 +1,54 @@
+from dmakit.nvme.pool cimport Block, DescriptorPool
+
+cdef int _PER_SMALL
+cdef int _MAX_DESCRIPTORS
+cdef unsigned long long _BUCKET
+cdef unsigned long long _LAST_SEGMENT
+cdef unsigned long long _MAX_ENTRIES
+cdef unsigned long long _LENGTH_MASK
+cdef int _BAD_SEGMENT
+cdef int _BAD_NUMBER
+cdef int _BAD_TYPE
+cdef int _BAD_GRAIN
+cdef int _BAD_DATA_LENGTH
+cdef int _BAD_META_LENGTH
+
+cdef class SglWriter:
+    cdef readonly DescriptorPool small
+    cdef readonly DescriptorPool large
+    cdef readonly unsigned long long low
+    cdef readonly unsigned long long high
+    cdef readonly list blocks
+    cdef list batch
+    cdef readonly int entries
+    cdef readonly int room
+    cdef unsigned long long[::1] words
+    cdef int _begin(self, int entries, bint coalesced) except -1
+    cdef int _feed(self, unsigned long long addr, unsigned long long length) noexcept
+    cdef void _finish(self) noexcept
+    cdef Py_ssize_t _batch(self, unsigned long long[::1] addrs, unsigned long long[::1] lengths,
+                           unsigned long long[::1] bounds, unsigned long long[::1] descriptors) except -2
+
+cdef class SglWalker:
+    cdef readonly unsigned long long[::1] addr
+    cdef readonly unsigned long long[::1] length
+    cdef readonly Py_ssize_t count
+    cdef readonly unsigned long long left
+    cdef readonly unsigned long long segment_addr
+    cdef readonly unsigned long long segment_bytes
+    cdef readonly int descriptors
+    cdef readonly int status
+    cdef readonly bint dword
+    cdef readonly bint bit_bucket
+    cdef readonly bint longer
+    cdef bint last
+    cdef bint discard
+    cdef int short_status
+    cdef void _begin(self, unsigned long long low, unsigned long long high, unsigned long long size, bint to_host,
+                     bint metadata) except *
+    cdef int _descriptor(self, unsigned long long low, unsigned long long high, bint final) except -1
+    cdef int _point(self, unsigned long long addr, unsigned long long length, bint last) except -1
+    cdef int _data(self, unsigned long long addr, unsigned long long length, bint bucket) except -1
+    cdef void _segment(self, unsigned long long[::1] words, Py_ssize_t n) except *
+    cdef void _close(self) noexcept
+    cdef void _append(self, unsigned long long addr, unsigned long long length) except *

@@ -1,0 +1,312 @@
+"""SGLs: writing them as Linux does, reading them as a controller does.
+
+A *descriptor* has 16 bytes: address, 32-bit length, and in its last byte type and sub type. A *data block*
+describes memory; a *bit bucket* discards data that a read would deliver; a *segment* or *last segment*
+descriptor points to a list of further descriptors. The command itself carries one descriptor.
+
+``SglWriter``: one range goes inline as a data block; otherwise the command carries a last-segment descriptor for
+one list, of at most 16 descriptors in a 256-byte block and at most 256 in a page. Linux never chains further.
+
+``SglWalker`` does no memory access of its own: ``begin`` with the command's descriptor, then as long as
+``segment_bytes`` is not 0 the caller reads that many bytes at ``segment_addr`` and hands them to ``segment``.
+``ranges`` or an error ``status`` come out. A range at ``BIT_BUCKET`` is data to discard.
+
+Models ``drivers/nvme/host/pci.c`` (``nvme_pci_setup_data_sgl``) and "Scatter Gather List" of the NVM Express Base
+Specification, with its error statuses.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+
+import cython
+
+from dmakit.errors import DmakitError, MisuseError
+from dmakit.nvme.pool import words_of
+from dmakit.nvme.spec import Status
+
+if cython.compiled:
+    from cython.cimports.dmakit.consts import EIO
+    from cython.cimports.dmakit.nvme.pool import Block, DescriptorPool
+else:
+    from dmakit.consts import EIO
+    from dmakit.nvme.pool import Block, DescriptorPool
+
+BIT_BUCKET = (1 << 64) - 1
+MAX_ENTRIES = 256
+MAX_DESCRIPTORS = 1 << 16  # a chain longer than this is refused: it may be a loop
+
+_PER_SMALL = 16
+_MAX_DESCRIPTORS = MAX_DESCRIPTORS
+_BUCKET = (1 << 64) - 1
+_LAST_SEGMENT = 3 << 60
+_MAX_ENTRIES = MAX_ENTRIES
+_LENGTH_MASK = (1 << 32) - 1
+_BAD_SEGMENT = int(Status.INVALID_SGL_SEGMENT)
+_BAD_NUMBER = int(Status.INVALID_NUMBER_OF_SGL_DESCRIPTORS)
+_BAD_TYPE = int(Status.SGL_DESCRIPTOR_TYPE_INVALID)
+_BAD_GRAIN = int(Status.SGL_DATA_BLOCK_GRANULARITY_INVALID)
+_BAD_DATA_LENGTH = int(Status.DATA_SGL_LENGTH_INVALID)
+_BAD_META_LENGTH = int(Status.METADATA_SGL_LENGTH_INVALID)
+
+
+@cython.cclass
+class SglWriter:
+    """Writes the SGL of one request at a time; ``low`` and ``high`` are the command's descriptor as two words."""
+
+    def __init__(self, small: DescriptorPool, large: DescriptorPool) -> None:
+        self.small = small
+        self.large = large
+        self.blocks: list[Block] = []
+        self.batch: list[list[Block]] = []
+        self.low = 0
+        self.high = 0
+        self.entries = 0
+        self.room = 0
+
+    def _begin(self, entries: cython.int, coalesced: cython.bint) -> cython.int:
+        """Start a request of at most ``entries`` ranges; ``coalesced``: they became one. May raise ExhaustedError."""
+        block: Block
+        self.low = 0
+        self.high = 0
+        self.entries = 0
+        self.room = 1 if coalesced else entries
+        self.blocks = []
+        if self.room > 1:
+            block = self.small._alloc() if entries <= _PER_SMALL else self.large._alloc()
+            self.blocks.append(block)
+            self.words = block.words
+        return 0
+
+    def _feed(self, addr: cython.ulonglong, length: cython.ulonglong) -> cython.int:
+        """Append a mapped range; 0, or -EIO when there are more ranges than announced."""
+        if self.entries == self.room:
+            return -EIO
+        if self.room == 1:
+            self.low = addr
+            self.high = length
+        else:
+            self.words[2 * self.entries] = addr
+            self.words[2 * self.entries + 1] = length
+        self.entries += 1
+        return 0
+
+    def _finish(self) -> cython.void:
+        """Point the command at the list, when there is one."""
+        block: Block
+        if self.room > 1:
+            block = self.blocks[0]
+            self.low = block.addr
+            self.high = _LAST_SEGMENT | (16 * self.entries)
+
+    def begin(self, entries: int, coalesced: bool = False) -> None:
+        """Start a request that has up to ``entries`` ranges."""
+        if not 1 <= entries <= MAX_ENTRIES:
+            raise MisuseError(f"SGL: entries={entries}: must lie in [1, {MAX_ENTRIES}]")
+        self._begin(entries, coalesced)
+
+    def feed(self, addr: int, length: int) -> None:
+        """Append the mapped range [addr, addr+length)."""
+        if not 0 <= addr < 1 << 63 or not 0 < length < 1 << 32:
+            raise MisuseError(f"SGL: range (addr={addr:#x}, length={length}): addr in [0, 2^63), length in [1, 2^32)")
+        if self._feed(addr, length):
+            raise MisuseError(f"SGL: more ranges than the {self.room} announced", errno.EIO)
+
+    def build(self, ranges: list[tuple[int, int]]) -> tuple[int, int, list[Block]]:
+        """(low word, high word, list blocks) for the ranges of one request; on failure the blocks are given back."""
+        self.begin(len(ranges))
+        try:
+            for addr, length in ranges:
+                self.feed(addr, length)
+        except DmakitError:
+            self.drop(self.blocks)
+            raise
+        self._finish()
+        return self.low, self.high, self.blocks
+
+    def build_batch(
+        self,
+        addrs: memoryview[int],
+        lengths: memoryview[int],
+        bounds: memoryview[int],
+        descriptors: memoryview[int],
+    ) -> list[list[Block]]:
+        """SGLs of many requests at once; arrays as in ``PrpWriter.build_batch``, two words a request come out."""
+        blocks: list[list[Block]] = []
+        self.batch = blocks
+        out = words_of("descriptors", descriptors, 2 * len(bounds) - 2)
+        try:
+            failed = self._batch(
+                words_of("addrs", addrs), words_of("lengths", lengths), words_of("bounds", bounds, 1), out
+            )
+            if failed >= 0:
+                raise MisuseError(
+                    f"SGL: request {failed}: it must have 1 to {MAX_ENTRIES} ranges of 1 to 2^32 - 1 bytes", errno.EIO
+                )
+        except DmakitError:
+            for taken in blocks:
+                self.drop(taken)
+            raise
+        return blocks
+
+    def _batch(
+        self,
+        addrs: memoryview[int],
+        lengths: memoryview[int],
+        bounds: memoryview[int],
+        descriptors: memoryview[int],
+    ) -> cython.Py_ssize_t:
+        """Build every request; -1, or the number of the one that SGLs of one segment cannot describe."""
+        i: cython.Py_ssize_t
+        j: cython.Py_ssize_t
+        for i in range(len(bounds) - 1):
+            if bounds[i + 1] <= bounds[i] or bounds[i + 1] - bounds[i] > _MAX_ENTRIES or bounds[i + 1] > len(addrs):
+                return i
+            if bounds[i + 1] > len(lengths):
+                return i
+            self._begin(bounds[i + 1] - bounds[i], False)
+            self.batch.append(self.blocks)
+            for j in range(bounds[i], bounds[i + 1]):
+                if lengths[j] == 0 or lengths[j] > _LENGTH_MASK:
+                    return i
+                self._feed(addrs[j], lengths[j])
+            self._finish()
+            descriptors[2 * i] = self.low
+            descriptors[2 * i + 1] = self.high
+        return -1
+
+    def drop(self, blocks: list[Block]) -> None:
+        """Give list blocks back to their pools."""
+        for block in blocks:
+            (self.small if block.size == self.small.size else self.large).release(block)
+        blocks.clear()
+
+
+@cython.cclass
+class SglWalker:
+    """Reads the SGL of one command. ``dword``: blocks must be multiples of 4; ``bit_bucket`` and ``longer`` (an SGL
+    that describes more than the data) as the controller announces them in SGLS."""
+
+    def __init__(self, *, dword: bool = False, bit_bucket: bool = False, longer: bool = False) -> None:
+        self.dword = dword
+        self.bit_bucket = bit_bucket
+        self.longer = longer
+        self.addr = memoryview(array("Q", bytes(8 * 64)))
+        self.length = memoryview(array("Q", bytes(8 * 64)))
+        self._begin(0, 0, 0, True, False)
+
+    def _begin(
+        self,
+        low: cython.ulonglong,
+        high: cython.ulonglong,
+        size: cython.ulonglong,
+        to_host: cython.bint,
+        metadata: cython.bint,
+    ) -> cython.void:
+        """Take the command's descriptor for ``size`` bytes."""
+        self.count = 0
+        self.left = size
+        self.segment_addr = 0
+        self.segment_bytes = 0
+        self.descriptors = 0
+        self.last = False
+        self.discard = to_host
+        self.short_status = _BAD_META_LENGTH if metadata else _BAD_DATA_LENGTH
+        self.status = 0
+        if size == 0:
+            return
+        self.status = self._descriptor(low, high, True)
+        self._close()
+
+    def _descriptor(self, low: cython.ulonglong, high: cython.ulonglong, final: cython.bint) -> cython.int:
+        """One descriptor; ``final``: it is the last one of its segment. Returns a status."""
+        kind: cython.ulonglong = high >> 56
+        length: cython.ulonglong = high & _LENGTH_MASK
+        self.descriptors += 1
+        if self.descriptors > _MAX_DESCRIPTORS:
+            return _BAD_NUMBER
+        if kind & 15 != 0:
+            return _BAD_TYPE
+        kind >>= 4
+        if kind == 0:
+            return self._data(low, length, False)
+        if kind == 1:
+            return self._data(low, length, True) if self.bit_bucket else _BAD_TYPE
+        if kind > 3:
+            return _BAD_TYPE
+        if not final:
+            return _BAD_NUMBER
+        return self._point(low, length, kind == 3)
+
+    def _point(self, addr: cython.ulonglong, length: cython.ulonglong, last: cython.bint) -> cython.int:
+        """A (last) segment descriptor: ask for the segment."""
+        if self.last or length == 0 or length & 15 != 0 or addr & 7 != 0:
+            return _BAD_SEGMENT
+        self.last = last
+        self.segment_addr = addr
+        self.segment_bytes = length
+        return 0
+
+    def _data(self, addr: cython.ulonglong, length: cython.ulonglong, bucket: cython.bint) -> cython.int:
+        """A data block or a bit bucket of ``length`` bytes (0 is allowed and describes nothing)."""
+        if self.dword and (length & 3 != 0 or (addr & 3 != 0 and not bucket)):
+            return _BAD_GRAIN
+        if bucket and not self.discard:
+            return 0
+        if length > self.left:
+            if not self.longer:
+                return self.short_status
+            length = self.left
+        if length > 0:
+            self._append(_BUCKET if bucket else addr, length)
+            self.left -= length
+        return 0
+
+    def _append(self, addr: cython.ulonglong, length: cython.ulonglong) -> cython.void:
+        """Add a range; the arrays double when they are full."""
+        if self.count == len(self.addr):
+            self.addr = memoryview(array("Q", bytes(self.addr) + bytes(8 * len(self.addr))))
+            self.length = memoryview(array("Q", bytes(self.length) + bytes(8 * len(self.length))))
+        self.addr[self.count] = addr
+        self.length[self.count] = length
+        self.count += 1
+
+    def _segment(self, words: memoryview[int], n: cython.Py_ssize_t) -> cython.void:
+        """Take the ``n`` descriptors of the segment asked for."""
+        at: cython.Py_ssize_t
+        was_last: cython.bint = self.last
+        self.segment_bytes = 0
+        for at in range(n):
+            self.status = self._descriptor(words[2 * at], words[2 * at + 1], at == n - 1)
+            if self.status != 0:
+                return
+        if not was_last and self.segment_bytes == 0:
+            self.status = _BAD_SEGMENT
+        self._close()
+
+    def _close(self) -> cython.void:
+        """At the end of the chain the data must be described in full; after an error nothing more is read."""
+        if self.status != 0:
+            self.segment_bytes = 0
+        elif self.segment_bytes == 0 and self.left > 0:
+            self.status = self.short_status
+
+    def begin(self, low: int, high: int, size: int, *, to_host: bool, metadata: bool = False) -> None:
+        """Start reading: the command's descriptor as two 64-bit words, for ``size`` bytes."""
+        if size < 0 or not 0 <= low < 1 << 64 or not 0 <= high < 1 << 64:
+            raise MisuseError(
+                f"SGL: low={low:#x}, high={high:#x}, size={size}: words have 64 bits, size is not negative"
+            )
+        self._begin(low, high, size, to_host, metadata)
+
+    def segment(self, payload: bytes) -> None:
+        """The ``segment_bytes`` bytes that were read at ``segment_addr``."""
+        if len(payload) != self.segment_bytes or not payload:
+            raise MisuseError(f"SGL segment: {len(payload)} bytes given, {self.segment_bytes} asked for")
+        self._segment(memoryview(array("Q", payload)), len(payload) >> 4)
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """(address, length) pairs; a range at ``BIT_BUCKET`` is to be discarded."""
+        return [(self.addr[i], self.length[i]) for i in range(self.count)]
