@@ -10,5 +10,3 @@ cdef class Gather:
     cdef bint _is_empty(self) noexcept nogil
 
 cdef unsigned long long ALL_ONES
-
-cpdef int psi_mask(unsigned long long start, unsigned long long end) noexcept nogil

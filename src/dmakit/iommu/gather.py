@@ -1,6 +1,6 @@
 """The gather: what one unmap (or map) leaves behind for the invalidation that must follow it.
 
-Models ``struct iommu_iotlb_gather`` and the VT-d rule that turns its range into one page-selective request.
+Models ``struct iommu_iotlb_gather``.
 
 Vocabulary: ``start`` and ``end`` are the lowest and the highest *byte* touched (``end`` is inclusive); an empty
 gather has ``start`` all ones and ``end`` 0. ``freelist`` is the first of the table pages that were unlinked
@@ -15,11 +15,6 @@ Hardware may walk such a page until then, so its bytes stay as they were.
 from __future__ import annotations
 
 import cython
-
-if cython.compiled:
-    from cython.cimports.dmakit.consts import PAGE_SHIFT
-else:
-    from dmakit.consts import PAGE_SHIFT
 
 ALL_ONES = (1 << 64) - 1
 
@@ -63,24 +58,3 @@ class Gather:
     def _is_empty(self) -> cython.bint:
         """Whether there is no range to invalidate."""
         return self.start >= self.end
-
-
-def psi_mask(start: cython.ulonglong, end: cython.ulonglong) -> cython.int:
-    """The address mask of the smallest aligned block of 2**mask pages that a VT-d unit is told to cover [start, end].
-
-    The block has at least as many pages as the range, rounded up to a power of two. When the range straddles such
-    a block, the mask grows to the lowest page-number bit, above the block's own bits, in which both ends agree
-    (52 = every address when there is none). Rule: ``calculate_psi_aligned_address``, drivers/iommu/intel/cache.c.
-    """
-    first: cython.ulonglong = start >> PAGE_SHIFT
-    last: cython.ulonglong = end >> PAGE_SHIFT
-    pages: cython.ulonglong = last - first + 1
-    mask: cython.int = 0
-    while mask < 64 - PAGE_SHIFT and (pages - 1) >> mask:
-        mask += 1
-    if (first >> mask) << mask == first:
-        return mask
-    differing: cython.ulonglong = first ^ last
-    while mask < 64 - PAGE_SHIFT and (differing >> mask) & 1:
-        mask += 1
-    return mask
