@@ -184,3 +184,53 @@ HOW_TEXT = 3
 HOW_LIST = 4
 SALT_ENTRY = 1  # distinguishes a function's name at its entry …
 SALT_RETURN = 2  # … from its name at its return
+# Translation words: what the page walker answers and the IOTLB keeps ----------------------------------------
+# Output address in bits 51:12; the rest below. Level bits of 0 mean "no translation": bits 3:0 hold the FAULT_ reason.
+TR_READ = 1
+TR_WRITE = 2
+TR_DIRTY = 4  # a write needs no further table update
+TR_LEVEL_SHIFT = 4  # bits 6:4: level of the leaf (1 = 4 KiB, 2 = 2 MiB, 3 = 1 GiB)
+TR_LEVEL_MASK = 0x70
+TR_ABSENT = 0x80  # the walk met an entry that is not present
+
+# Fault reasons (VT-d specification, legacy-mode numbers) ----------------------------------------------------
+FAULT_NO_CONTEXT = 0x2
+FAULT_WIDTH = 0x4
+FAULT_WRITE = 0x5
+FAULT_READ = 0x6
+FAULT_TABLE = 0x7
+FAULT_RESERVED = 0xC
+
+# What an IOMMU unit knows of a domain: words of its context, CTX_WORDS a domain -----------------------------
+CTX_ROOT = 0
+CTX_LEVELS = 1  # 0 = no domain has this id
+CTX_WIDTH = 2  # bits of an input address
+CTX_PRESENT = 3
+CTX_READ = 4
+CTX_WRITE = 5
+CTX_LEAF = 6
+CTX_ADDRESS = 7
+CTX_ACCESSED = 8  # 0 = the walker leaves the bit alone
+CTX_DIRTY = 9
+CTX_FLAGS = 10
+CTX_ACCESSED_BIT = 11  # the format's bits, whether the walker sets them or not
+CTX_DIRTY_BIT = 12
+CTX_WORDS = 16
+CTX_FIRST_STAGE = 1  # CTX_FLAGS: first-stage table, its requests are PASID-based
+CTX_NP_CACHE = 2  # CTX_FLAGS: not-present entries are cached
+
+# Invalidation descriptor types and granularities (VT-d specification, 6.5.2) --------------------------------
+QI_IOTLB = 2
+QI_DEVTLB = 3
+QI_IEC = 4
+QI_WAIT = 5
+QI_PIOTLB = 6
+QI_GLOBAL = 1
+QI_DOMAIN = 2
+QI_PAGE = 3
+QI_DRAIN = 0xC0  # drain writes (6) and reads (7): the kernel sets what the capability register offers, both here
+QI_STATUS_WRITE = 0x20  # a wait descriptor writes its status
+QI_DONE = 2  # the status that Linux asks for
+QI_LENGTH = 256  # descriptors of the ring: one 4 KiB page
+QI_BATCH = 16  # descriptors that software collects before it rings the doorbell
+WHOLE_MASK = 52  # address mask of the whole space, as cache_tag_flush_range prints it

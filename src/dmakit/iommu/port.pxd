@@ -1,0 +1,21 @@
+from dmakit.iommu.devtlb cimport DeviceTlb
+from dmakit.iommu.unit cimport IommuUnit
+from dmakit.memory.physical cimport PhysicalMemory
+
+cdef class Port:
+    cdef readonly PhysicalMemory memory
+    cdef readonly int source
+    cdef readonly str name
+    cdef readonly bint coherent
+    cdef public object cache
+    cdef unsigned long long low
+    cdef unsigned long long high
+    cdef unsigned long long _locate(self, unsigned long long iova, bint write) noexcept nogil
+
+cdef class DirectPort(Port):
+    pass
+
+cdef class DmaPort(Port):
+    cdef readonly IommuUnit unit
+    cdef readonly int did
+    cdef readonly DeviceTlb devtlb

@@ -1,0 +1,170 @@
+"""Ports: the only way in which a device model reaches memory.
+
+A port carries the device's accesses page by page: each 4 KiB piece is translated on its own, so a request over many
+pages may fault in the middle, and then the pages before the fault have been read or written, as with real bus
+transactions. A blocked access raises FaultError and leaves a record in the unit's log. An address that translates but
+names no memory (an unmapped hole of the physical address space) is a FaultError too; nobody answers on the bus, and
+no record is written.
+
+``DmaPort`` translates through an IOMMU unit, or through the device's own TLB where it has one. ``DirectPort`` is the
+port of a machine without IOMMU or of a device in passthrough: bus addresses are physical addresses.
+
+*Coherence.* A coherent port snoops the CPU's cache (``memory.cache``): dirty lines reach memory before the device
+reads, and the CPU's copies go when it writes. A port that is not coherent bypasses the cache, so forgotten cache
+maintenance shows.
+"""
+
+from __future__ import annotations
+
+import cython
+
+from dmakit.errors import FaultError, MisuseError
+from dmakit.iommu.faults import device_name, fault_error
+from dmakit.memory.cache import CpuCache
+
+if cython.compiled:
+    from cython.cimports.dmakit.consts import PAGE_MASK_LOW, PAGE_SIZE
+    from cython.cimports.dmakit.iommu.devtlb import DeviceTlb
+    from cython.cimports.dmakit.iommu.unit import IommuUnit
+    from cython.cimports.dmakit.memory.physical import PhysicalMemory
+else:
+    from dmakit.consts import PAGE_MASK_LOW, PAGE_SIZE
+    from dmakit.iommu.devtlb import DeviceTlb
+    from dmakit.iommu.unit import IommuUnit
+    from dmakit.memory.physical import PhysicalMemory
+
+ALL_ONES = (1 << 64) - 1
+
+
+@cython.cclass
+class Port:
+    """What both kinds share: splitting, snooping, the bytes. ``source`` is the requester id (bus << 8 | devfn)."""
+
+    def __init__(
+        self,
+        memory: PhysicalMemory,
+        *,
+        source: int = 0,
+        name: str = "",
+        coherent: bool = True,
+        cache: CpuCache | None = None,
+    ) -> None:
+        if not 0 <= source <= 0xFFFF:
+            raise MisuseError(f"source={source:#x}: a requester id has 16 bits")
+        self.memory = memory
+        self.source = source
+        self.name = name or device_name(source)
+        self.coherent = coherent
+        self.cache = cache
+        self.low = 0
+        self.high = 0
+
+    def read(self, iova: int, size: int) -> bytes:
+        """``size`` bytes from device address ``iova``; FaultError names the first address that is blocked."""
+        self._check(iova, size)
+        data = bytearray(size)
+        done = 0
+        while done < size:
+            length = min(size - done, PAGE_SIZE - ((iova + done) & PAGE_MASK_LOW))
+            phys = self._reach(iova + done, length, False)
+            data[done : done + length] = self.memory.view[phys : phys + length]
+            done += length
+        return bytes(data)
+
+    def write(self, iova: int, data: bytes | bytearray | memoryview) -> None:
+        """Store ``data`` from device address ``iova`` on; pages before a FaultError have been written."""
+        payload = memoryview(data).cast("B")
+        size = len(payload)
+        self._check(iova, size)
+        done = 0
+        while done < size:
+            length = min(size - done, PAGE_SIZE - ((iova + done) & PAGE_MASK_LOW))
+            phys = self._reach(iova + done, length, True)
+            self.memory.view[phys : phys + length] = payload[done : done + length]
+            done += length
+
+    def locate(self, iova: int, write: bool = False) -> int:
+        """The physical address behind one device address, by the same way as an access; FaultError when blocked."""
+        self._check(iova, 1)
+        phys = int(self._locate(iova, write))
+        if phys == ALL_ONES:
+            raise self._blocked(iova, write)
+        return phys
+
+    def _reach(self, iova: int, length: int, write: bool) -> int:
+        """Physical address of a piece inside one page, checked to be memory and snooped."""
+        phys = int(self._locate(iova, write))
+        if phys == ALL_ONES:
+            raise self._blocked(iova, write)
+        if not self.low <= phys <= phys + length <= self.high:
+            self._find_memory(iova, phys, length, write)
+        if self.coherent and self.cache is not None:
+            self.cache.snoop(phys, length, write=write)
+        return phys
+
+    def _find_memory(self, iova: int, phys: int, length: int, write: bool) -> None:
+        """Remember the memory region of an access, so that the next one there need not look it up."""
+        try:
+            region = self.memory.region_at(phys, length)
+        except MisuseError:
+            raise self._unanswered(iova, phys, write) from None
+        self.low, self.high = region.start, region.end
+
+    def _check(self, iova: int, size: int) -> None:
+        if iova < 0 or size < 0 or iova + size > ALL_ONES + 1:
+            raise MisuseError(f"[{iova:#x}, {iova + size:#x}): a device's accesses lie in 64 bits of address space")
+
+    def _unanswered(self, iova: int, phys: int, write: bool) -> FaultError:
+        action = "write" if write else "read"
+        message = f"device {self.name} may not {action} {iova:#x}: no memory answers at {phys:#x}"
+        return FaultError(message, iova=iova, write=write)
+
+    def _blocked(self, iova: int, write: bool) -> FaultError:
+        """The error for an access to which ``_locate`` answered all ones."""
+        return self._unanswered(iova, iova, write)
+
+    def _locate(self, iova: cython.ulonglong, write: cython.bint) -> cython.ulonglong:
+        """Physical address for a device address, or all ones."""
+        return iova
+
+
+@cython.final
+@cython.cclass
+class DirectPort(Port):
+    """No IOMMU, or passthrough: a device address is a physical address."""
+
+
+@cython.final
+@cython.cclass
+class DmaPort(Port):
+    """Translated by ``unit`` as domain ``did``; ``devtlb`` (ATS) when the device has one and it is attached."""
+
+    def __init__(
+        self,
+        memory: PhysicalMemory,
+        unit: IommuUnit,
+        did: int,
+        *,
+        source: int = 0,
+        name: str = "",
+        coherent: bool = True,
+        cache: CpuCache | None = None,
+        devtlb: DeviceTlb | None = None,
+    ) -> None:
+        super().__init__(memory, source=source, name=name, coherent=coherent, cache=cache)
+        if unit.memory is not memory:
+            raise MisuseError("memory: must be the memory that the IOMMU unit walks")
+        if devtlb is not None and (devtlb not in unit.devtlbs or devtlb.did != did):
+            raise MisuseError(f"devtlb of requester {devtlb.source:#x}: is not attached to domain {did} of this unit")
+        self.unit = unit
+        self.did = did
+        self.devtlb = devtlb
+
+    def _blocked(self, iova: int, write: bool) -> FaultError:
+        return fault_error(self.source, iova, write, self.unit.last_reason, self.name)
+
+    def _locate(self, iova: cython.ulonglong, write: cython.bint) -> cython.ulonglong:
+        """Through the device's own TLB if there is one, else an untranslated request to the unit."""
+        if self.devtlb is not None:
+            return self.unit._translate_ats(self.devtlb, iova, write)
+        return self.unit._translate(self.did, iova, write, self.source)
