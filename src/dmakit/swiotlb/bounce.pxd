@@ -5,8 +5,8 @@ from dmakit.ledger cimport Ledger
 from dmakit.memory.physical cimport PhysicalMemory
 from dmakit.swiotlb.pool cimport SwiotlbPool
 
-cdef unsigned long long MAPPING_ERROR
-cdef unsigned long long SEGMENT_BYTES
+cdef unsigned long long _MAPPING_ERROR
+cdef unsigned long long _SEGMENT_BYTES
 
 # The methods "with gil" walk a list of pools; they may be called with or without the GIL held.
 @cython.final

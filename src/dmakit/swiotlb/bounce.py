@@ -69,8 +69,8 @@ else:
 if TYPE_CHECKING:
     from dmakit.swiotlb.dynamic import PoolGrower
 
-MAPPING_ERROR = (1 << 64) - 1
-SEGMENT_BYTES = 128 * 2048
+_MAPPING_ERROR = (1 << 64) - 1
+_SEGMENT_BYTES = 128 * 2048
 NO_BOUNDARY = (1 << 32) - 1  # what the kernel assumes when the driver set no segment boundary
 NO_LIMIT = (1 << 64) - 1
 
@@ -106,7 +106,7 @@ class Swiotlb:
         self.events: list[Any] | None = None
         self.pools: list[SwiotlbPool] = []
         self.transients: list[SwiotlbPool] = []
-        self.low, self.high = MAPPING_ERROR, 0
+        self.low, self.high = _MAPPING_ERROR, 0
         self.used = self.high_water = self.transient_slots = 0
         self.areas = areas
         self.add_pool(SwiotlbPool(memory, start, size, areas=areas, ledger=ledger))
@@ -173,7 +173,7 @@ class Swiotlb:
         elif self.events is not None and not attrs & ATTR_NO_WARN:
             self.events.append(("warn", f"swiotlb buffer is full (sz: {size} bytes)"))
         if self.events is not None:
-            self.events.append(("tblmap", phys, size, tlb if tlb != 0 else MAPPING_ERROR))
+            self.events.append(("tblmap", phys, size, tlb if tlb != 0 else _MAPPING_ERROR))
         return tlb
 
     def _claim(
@@ -192,7 +192,7 @@ class Swiotlb:
         pool: SwiotlbPool
         slot: cython.Py_ssize_t
         turn: cython.Py_ssize_t
-        if size > SEGMENT_BYTES or total > SEGMENT_BYTES:
+        if size > _SEGMENT_BYTES or total > _SEGMENT_BYTES:
             return 0
         for turn in range(self.areas):
             for pool in self.pools:
@@ -314,7 +314,7 @@ class Swiotlb:
         if not tlb:
             raise ExhaustedError(
                 f"no run of bounce slots for {size} bytes at {phys:#x}: {self.used} of {self.slots} slots in use, "
-                f"at most {SEGMENT_BYTES} bytes with offset and padding"
+                f"at most {_SEGMENT_BYTES} bytes with offset and padding"
             )
         return tlb
 

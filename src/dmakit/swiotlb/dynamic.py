@@ -44,8 +44,8 @@ def block_order(size: int) -> int:
 
 
 def limit_areas(areas: int, slots: int) -> int:
-    """At most as many areas as the pool has whole segments; a power of two that divides the slots."""
-    while areas > 1 and (slots < areas * IO_TLB_SEGSIZE or slots % areas):
+    """The most areas up to ``areas`` (a power of two) that are whole segments of a pool of ``slots``."""
+    while areas > 1 and slots % (areas * IO_TLB_SEGSIZE):
         areas //= 2
     return areas
 

@@ -3,7 +3,7 @@ cimport cython
 from dmakit.ledger cimport Ledger
 from dmakit.memory.physical cimport PhysicalMemory
 
-cdef unsigned long long NO_ORIGIN
+cdef unsigned long long _NO_ORIGIN
 
 @cython.final
 cdef class SwiotlbPool:

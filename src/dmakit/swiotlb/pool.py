@@ -18,7 +18,8 @@ Where a buffer may start (all masks are 2**n - 1):
   offset in the slot. Bits above the slot but inside ``align_mask`` become *padding slots* in front of the buffer.
   Other bits above the slot restrict which slots will do.
 * neither given and at least a page long: page-aligned, as drivers have long relied on.
-* ``boundary``: the device cannot cross an address that is a multiple of boundary + 1; nor may an allocation.
+* ``boundary``: the device cannot cross an address that is a multiple of boundary + 1; nor may an allocation. As in
+  Linux, alignment is judged on the pool's start modulo boundary + 1: a boundary narrower than a mask defeats the mask.
 
 Invariants: per area, ``used`` = slots with ``free_run`` 0; a used slot knows by ``left`` how many bytes of its
 allocation remain from its first byte on; a used slot that is not padding knows by ``origin`` which physical
@@ -56,7 +57,7 @@ else:
     from dmakit.ledger import Ledger
     from dmakit.memory.physical import PhysicalMemory
 
-NO_ORIGIN = (1 << 64) - 1  # a free slot, or padding
+_NO_ORIGIN = (1 << 64) - 1  # a free slot, or padding
 
 
 @cython.final
@@ -76,8 +77,8 @@ class SwiotlbPool:
             raise MisuseError(f"start={start:#x}: a bounce pool starts on a page of {PAGE_SIZE} bytes, above 0")
         if size <= 0 or size % IO_TLB_SIZE:
             raise MisuseError(f"size={size}: a bounce pool is one or more slots of {IO_TLB_SIZE} bytes")
-        if areas <= 0 or areas & (areas - 1) or slots % areas:
-            raise MisuseError(f"areas={areas}: must be a power of two that divides the pool's {slots} slots")
+        if areas <= 0 or areas & (areas - 1) or (areas > 1 and slots % (areas * IO_TLB_SEGSIZE)):
+            raise MisuseError(f"areas={areas}: must be a power of two that cuts {slots} slots into whole segments")
         memory.region_at(start, size)
         self.memory = memory
         self.ledger = ledger
@@ -88,7 +89,7 @@ class SwiotlbPool:
         self.free_run = memoryview(array("H", runs))
         self.pad_slots = memoryview(array("H", bytes(2 * slots)))
         self.left = memoryview(array("Q", bytes(8 * slots)))
-        self.origin = memoryview(array("Q", (NO_ORIGIN,) * slots))
+        self.origin = memoryview(array("Q", (_NO_ORIGIN,) * slots))
         self.area_index = memoryview(array("q", bytes(8 * areas)))
         self.area_used = memoryview(array("q", bytes(8 * areas)))
         memory._zero(start, size)
@@ -179,7 +180,7 @@ class SwiotlbPool:
         while i >= slot:
             run += 1
             self.free_run[i] = run
-            self.origin[i] = NO_ORIGIN
+            self.origin[i] = _NO_ORIGIN
             self.left[i] = 0
             self.pad_slots[i] = 0
             i -= 1
@@ -192,7 +193,7 @@ class SwiotlbPool:
         slot: cython.Py_ssize_t = (tlb - self.start) >> IO_TLB_SHIFT
         within: cython.ulonglong = tlb & (IO_TLB_SIZE - 1)
         phys: cython.ulonglong = self.origin[slot]
-        if phys == NO_ORIGIN:
+        if phys == _NO_ORIGIN or within >= self.left[slot]:
             return 0
         phys += within
         size = min(size, self.left[slot] - within)
@@ -205,16 +206,17 @@ class SwiotlbPool:
     def room(self, tlb: int) -> int:
         """Bytes from ``tlb`` to the end of the allocation it lies in; 0 in a free slot or in padding."""
         slot = (tlb - self.start) >> IO_TLB_SHIFT
-        if not 0 <= slot < self.slots or self.origin[slot] == NO_ORIGIN:
+        if not 0 <= slot < self.slots or self.origin[slot] == _NO_ORIGIN:
             return 0
-        return max(0, self.left[slot] - (tlb & (IO_TLB_SIZE - 1)))
+        left, within = int(self.left[slot]), tlb & (IO_TLB_SIZE - 1)
+        return left - within if left > within else 0
 
     def begins(self, tlb: int) -> bool:
         """Whether an allocation's buffer begins in the slot of ``tlb``."""
         slot = (tlb - self.start) >> IO_TLB_SHIFT
         if self.room(tlb) == 0:
             return False
-        return slot == 0 or self.origin[slot - 1] == NO_ORIGIN or self.left[slot - 1] <= IO_TLB_SIZE
+        return slot == 0 or self.origin[slot - 1] == _NO_ORIGIN or self.left[slot - 1] <= IO_TLB_SIZE
 
     @property
     def used(self) -> int:
@@ -226,9 +228,9 @@ class SwiotlbPool:
         found = []
         slot = 0
         while slot < self.slots:
-            taken = -(-self.left[slot] // IO_TLB_SIZE)
+            taken = (int(self.left[slot]) + IO_TLB_SIZE - 1) >> IO_TLB_SHIFT
             if taken:
-                mapped = next((s for s in range(slot, slot + taken) if self.origin[s] != NO_ORIGIN), slot)
+                mapped = next((s for s in range(slot, slot + taken) if self.origin[s] != _NO_ORIGIN), slot)
                 found.append((slot, taken, self.origin[mapped]))
             slot += taken or 1
         return found
