@@ -143,6 +143,12 @@ def test_a_page_or_more_without_masks_is_page_aligned() -> None:
     assert pool.map(RAM + 0x800, 4096, min_align_mask=2047) == START + 14336  # a mask was given: any slot will do
 
 
+def test_a_buffer_at_address_0_has_no_bits_to_preserve() -> None:
+    pool = pool_of()
+    assert [pool.map(0, 10, min_align_mask=4095) for _ in range(2)] == [START, START + SLOT]
+    assert [pool.map(0x1000, 10, min_align_mask=4095) for _ in range(2)] == [START + 2 * SLOT, START + 4 * SLOT]
+
+
 def test_no_allocation_crosses_the_device_boundary() -> None:
     pool = pool_of()
     pool.map(RAM, 3 * SLOT, boundary=8191)
