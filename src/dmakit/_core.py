@@ -36,6 +36,7 @@ COMPILED_MODULES = (
     "dmakit.iommu.caches",
     "dmakit.iommu.devtlb",
     "dmakit.iommu.dirty",
+    "dmakit.iommu.domain",
     "dmakit.iommu.faults",
     "dmakit.iommu.formats.base",
     "dmakit.iommu.formats.vtdss",
