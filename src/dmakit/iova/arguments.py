@@ -1,13 +1,20 @@
-"""Checks of the public calls' arguments: the same error interpreted and compiled."""
+"""Checks of the public calls' arguments: the same error interpreted and compiled.
+
+Public methods of compiled classes annotate numbers as ``SupportsIndex`` and texts as ``Text``: Cython turns a plain
+``int`` or ``str`` annotation into a check of its own, with an error that the interpreted form does not raise.
+"""
 
 from __future__ import annotations
 
 from operator import index
+from typing import SupportsIndex, TypeAlias
 
 from dmakit.errors import MisuseError
 
+Text: TypeAlias = str
 
-def within(name: str, value: int, low: int, high: int) -> int:
+
+def within(name: str, value: SupportsIndex, low: int, high: int) -> int:
     """``value`` as an int, checked to lie in [low, high]."""
     try:
         number = index(value)

@@ -29,12 +29,13 @@ from __future__ import annotations
 
 from array import array
 from functools import partial
+from typing import SupportsIndex
 
 import cython
 
 from dmakit.clock import MS, Timer, VirtualClock
 from dmakit.errors import ExhaustedError, MisuseError
-from dmakit.iova.arguments import within, words
+from dmakit.iova.arguments import Text, within, words
 
 if cython.compiled:
     from cython.cimports.dmakit.consts import (
@@ -93,10 +94,10 @@ class IovaDomain:
     def __init__(
         self,
         *,
-        granule: int = 4096,
-        start_pfn: int = 1,
-        cpus: int = 1,
-        policy: str = "linux",
+        granule: SupportsIndex = 4096,
+        start_pfn: SupportsIndex = 1,
+        cpus: SupportsIndex = 1,
+        policy: Text = "linux",
         ledger: Ledger | None = None,
         fail: FailPoint | None = None,
         clock: VirtualClock | None = None,
@@ -129,7 +130,9 @@ class IovaDomain:
 
     # Public calls: validate, call the internal, raise ------------------------------------------------------------
 
-    def alloc_fast(self, size: int, limit_pfn: int, flush_rcache: bool = True, *, cpu: int = 0) -> int:
+    def alloc_fast(
+        self, size: SupportsIndex, limit_pfn: SupportsIndex, flush_rcache: object = True, *, cpu: SupportsIndex = 0
+    ) -> int:
         """First pfn of ``size`` granules that end at ``limit_pfn`` or below (``alloc_iova_fast``).
 
         ``flush_rcache``: when nothing fits, give all cached ranges back to the tree and search again.
@@ -142,16 +145,16 @@ class IovaDomain:
             raise ExhaustedError(f"no free range of {size} granules at or below pfn {limit_pfn:#x}")
         return pfn
 
-    def free_fast(self, pfn: int, size: int, *, cpu: int = 0) -> None:
+    def free_fast(self, pfn: SupportsIndex, size: SupportsIndex, *, cpu: SupportsIndex = 0) -> None:
         """Free the range at ``pfn`` through the magazines of ``cpu`` (``free_iova_fast``)."""
         cpu, size = self._on_cpu(cpu), within("size", size, 1, self.highest_pfn)
         self._free_fast(cpu, self._allocated(pfn), size)
 
-    def free(self, pfn: int, *, cpu: int = 0) -> None:
+    def free(self, pfn: SupportsIndex, *, cpu: SupportsIndex = 0) -> None:
         """Remove the whole tree node that holds ``pfn`` (``free_iova``)."""
         self._free(self._on_cpu(cpu), self._allocated(pfn))
 
-    def reserve(self, lo: int, hi: int) -> None:
+    def reserve(self, lo: SupportsIndex, hi: SupportsIndex) -> None:
         """Make pfns ``lo`` to ``hi`` (inclusive) unavailable, over whatever is allocated there (``reserve_iova``).
 
         ExhaustedError without memory for a node; nodes that overlapped stay extended then, as in the kernel.
@@ -163,7 +166,13 @@ class IovaDomain:
             raise ExhaustedError(f"no memory for the reservation of pfns [{lo:#x}, {hi:#x}]")
 
     def alloc_batch(
-        self, sizes: object, limit_pfn: int, pfns: object, *, flush_rcache: bool = True, cpu: int = 0
+        self,
+        sizes: object,
+        limit_pfn: SupportsIndex,
+        pfns: object,
+        *,
+        flush_rcache: object = True,
+        cpu: SupportsIndex = 0,
     ) -> int:
         """``alloc_fast`` for each of ``sizes`` into ``pfns`` (64-bit words; 0 = failed); returns the successes."""
         cpu, limit_pfn = self._on_cpu(cpu), within("limit_pfn", limit_pfn, 0, self.highest_pfn)
@@ -172,7 +181,7 @@ class IovaDomain:
             raise MisuseError(f"pfns: must have as many items as sizes ({len(wanted)}), not {len(found)}")
         return self._alloc_many(cpu, wanted, limit_pfn, bool(flush_rcache), found)
 
-    def free_batch(self, pfns: object, sizes: object, *, cpu: int = 0) -> None:
+    def free_batch(self, pfns: object, sizes: object, *, cpu: SupportsIndex = 0) -> None:
         """``free_fast`` for each pair of ``pfns`` and ``sizes`` (64-bit words); a pfn of 0 is skipped."""
         cpu = self._on_cpu(cpu)
         ranges, spans = words("pfns", pfns), self._sizes(sizes)
@@ -180,11 +189,11 @@ class IovaDomain:
             raise MisuseError(f"sizes: must have as many items as pfns ({len(ranges)}), not {len(spans)}")
         self._free_many(cpu, ranges, spans)
 
-    def flush_rcaches(self, *, cpu: int = 0) -> None:
+    def flush_rcaches(self, *, cpu: SupportsIndex = 0) -> None:
         """Give every cached range back to the tree, as an allocation does that found nothing."""
         self._flush_rcaches(self._on_cpu(cpu))
 
-    def set_online(self, cpu: int, online: bool) -> None:
+    def set_online(self, cpu: SupportsIndex, online: object) -> None:
         """Take a CPU off line (its magazines go back to the tree) or on line again."""
         cpu = within("cpu", cpu, 0, self.cpus - 1)
         if bool(self._online[cpu]) == bool(online):
@@ -196,7 +205,7 @@ class IovaDomain:
         if not online:
             self._drain_cpu(cpu, cpu)
 
-    def depot_work(self, order: int) -> bool:
+    def depot_work(self, order: SupportsIndex) -> bool:
         """One run of the delayed work of a depot; true when it gave a magazine back (and armed itself again)."""
         order = within("order", order, 0, IOVA_RANGE_CACHE_MAX_SIZE - 1)
         self._disarm(order)
@@ -240,7 +249,7 @@ class IovaDomain:
         """Allocated ranges (lo, hi), cached and reserved ones included, ascending, the anchor left out."""
         return self.search.tree.nodes()
 
-    def magazines(self, cpu: int, order: int) -> tuple[list[int], list[int]]:
+    def magazines(self, cpu: SupportsIndex, order: SupportsIndex) -> tuple[list[int], list[int]]:
         """The pfns in (loaded, prev) of a CPU, top of the stack last."""
         cpu = within("cpu", cpu, 0, self.cpus - 1)
         slot = cpu * IOVA_RANGE_CACHE_MAX_SIZE + within("order", order, 0, IOVA_RANGE_CACHE_MAX_SIZE - 1)
@@ -257,13 +266,13 @@ class IovaDomain:
 
     # Arguments ---------------------------------------------------------------------------------------------------
 
-    def _on_cpu(self, cpu: int) -> int:
+    def _on_cpu(self, cpu: SupportsIndex) -> int:
         cpu = within("cpu", cpu, 0, self.cpus - 1)
         if not self._online[cpu]:
             raise MisuseError(f"cpu={cpu}: is off line")
         return cpu
 
-    def _allocated(self, pfn: int) -> int:
+    def _allocated(self, pfn: SupportsIndex) -> int:
         pfn = within("pfn", pfn, 1, self.highest_pfn)
         if self.search.tree.find(pfn) is None:
             raise MisuseError(f"pfn={pfn:#x}: no range is allocated there")

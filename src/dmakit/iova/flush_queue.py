@@ -20,6 +20,7 @@ Models ``queue_iova``, ``fq_ring_free_locked``, ``fq_flush_iotlb``, ``fq_flush_t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import SupportsIndex
 
 import cython
 
@@ -115,8 +116,8 @@ class FlushQueue:
         iovad: IovaDomain,
         target: FlushTarget,
         *,
-        cpus: int = 1,
-        single: bool = False,
+        cpus: SupportsIndex = 1,
+        single: object = False,
         clock: VirtualClock | None = None,
         ledger: Ledger | None = None,
         fail: FailPoint | None = None,
@@ -145,14 +146,16 @@ class FlushQueue:
 
     # Public calls ------------------------------------------------------------------------------------------------
 
-    def queue(self, pfn: int, pages: int, freelist_head: int = 0, *, cpu: int = 0) -> None:
+    def queue(
+        self, pfn: SupportsIndex, pages: SupportsIndex, freelist_head: SupportsIndex = 0, *, cpu: SupportsIndex = 0
+    ) -> None:
         """Queue ``pages`` granules at ``pfn`` and the table pages chained from ``freelist_head`` (0 = none)."""
         cpu = within("cpu", cpu, 0, self.cpus - 1)
         pfn = within("pfn", pfn, 1, self.iovad.highest_pfn)
         pages = within("pages", pages, 1, self.iovad.highest_pfn)
         self._queue(cpu, pfn, pages, within("freelist_head", freelist_head, 0, (1 << 64) - 1))
 
-    def timeout(self, *, cpu: int | None = None) -> None:
+    def timeout(self, *, cpu: SupportsIndex | None = None) -> None:
         """What the timer does: flush the domain, then free every entry on ``cpu`` (default: the CPU that armed it)."""
         if self.clock is not None and self._timer is not None:
             self.clock.cancel(self._timer)
@@ -162,7 +165,7 @@ class FlushQueue:
             self._events.append(("fqto_in",))
         self._sweep(CAUSE_FQ_TIMER, self.timer_cpu if cpu is None else within("cpu", cpu, 0, self.cpus - 1))
 
-    def flush(self, *, cpu: int = 0) -> None:
+    def flush(self, *, cpu: SupportsIndex = 0) -> None:
         """Flush the domain and free every entry now; the timer, if armed, stays armed."""
         self._sweep(CAUSE_OTHER, within("cpu", cpu, 0, self.cpus - 1))
 
@@ -175,7 +178,7 @@ class FlushQueue:
         if any(self.entries(cpu) for cpu in range(self.rings)):
             self.flush()
 
-    def entries(self, cpu: int) -> int:
+    def entries(self, cpu: SupportsIndex) -> int:
         """Entries that wait in the ring of ``cpu`` (in the one ring of a single queue)."""
         ring = within("cpu", cpu, 0, self.cpus - 1) % self.rings
         return (self.tail[ring] - self.head[ring]) % self.size
