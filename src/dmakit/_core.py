@@ -61,6 +61,8 @@ COMPILED_MODULES = (
     "dmakit.ledger",
     "dmakit.memory.pages",
     "dmakit.memory.physical",
+    "dmakit.nvme.iod",
+    "dmakit.nvme.mapping",
     "dmakit.nvme.pool",
     "dmakit.nvme.prp",
     "dmakit.nvme.sgl",

@@ -5,13 +5,20 @@ from __future__ import annotations
 import pytest
 from tests.support.block_device import BlockDevice
 
-from dmakit.block.device import P2P_BUS_ADDR, P2P_HOST_BRIDGE, P2P_NONE, P2P_NOT_SUPPORTED
 from dmakit.block.dma_iter import VIRT_BOUNDARY_RULE, BlkDmaIter, unmap
 from dmakit.block.limits import nvme_limits
 from dmakit.block.request import Op, Request
 from dmakit.block.sg import SgRequest, table_bytes
 from dmakit.block.status import BlkStatus
-from dmakit.consts import ATTR_MMIO, L_BOOKKEEPING_BYTES, L_PASSES
+from dmakit.consts import (
+    ATTR_MMIO,
+    L_BOOKKEEPING_BYTES,
+    L_PASSES,
+    P2P_MAP_BUS_ADDR,
+    P2P_MAP_NONE,
+    P2P_MAP_NOT_SUPPORTED,
+    P2P_MAP_THRU_HOST_BRIDGE,
+)
 from dmakit.errors import ExhaustedError, MisuseError
 from dmakit.ledger import Ledger
 from dmakit.reasons import Reason
@@ -124,16 +131,19 @@ def test_why_there_is_no_window(device: BlockDevice, reason: Reason) -> None:
 
 class Peer:
     def __init__(self, kind: int, offset: int = 0) -> None:
-        self.kind, self.offset, self.asked = kind, offset, 0
+        self.kind, self.bus_offset, self.asked = kind, offset, 0
 
-    def classify(self, phys: int) -> tuple[int, int]:
+    def reset(self) -> None:
+        self.asked = 0
+
+    def map_type(self, phys: int) -> int:
         self.asked += 1
-        return self.kind, self.offset
+        return self.kind
 
 
 class TestPeers:
     def test_bus_addresses_touch_no_iommu(self) -> None:
-        device, peer, request = BlockDevice(), Peer(P2P_BUS_ADDR, 1 << 30), Request(Op.READ, SCATTERED)
+        device, peer, request = BlockDevice(), Peer(P2P_MAP_BUS_ADDR, 1 << 30), Request(Op.READ, SCATTERED)
         it, ranges = run(request, device, peer=peer)
         assert ranges == [(phys + (1 << 30), length) for phys, length in SCATTERED]
         assert (it.reason, peer.asked, device.log) == (Reason.P2P_BUS, 1, [])
@@ -142,7 +152,7 @@ class TestPeers:
 
     def test_host_bridge_is_memory_with_mmio(self) -> None:
         device, request = BlockDevice(), Request(Op.READ, SCATTERED)
-        it, ranges = run(request, device, peer=Peer(P2P_HOST_BRIDGE))
+        it, ranges = run(request, device, peer=Peer(P2P_MAP_THRU_HOST_BRIDGE))
         assert it.reason == Reason.P2P_HOST_BRIDGE and len(ranges) == 1
         assert {entry[4] for entry in device.log if entry[0] == "link"} == {ATTR_MMIO}
         undo(it, device, request, ranges)
@@ -150,11 +160,11 @@ class TestPeers:
 
     def test_a23_unsupported_peer_is_invalid_and_maps_nothing(self) -> None:
         device = BlockDevice()
-        it, ranges = run(Request(Op.READ, SCATTERED), device, peer=Peer(P2P_NOT_SUPPORTED))
+        it, ranges = run(Request(Op.READ, SCATTERED), device, peer=Peer(P2P_MAP_NOT_SUPPORTED))
         assert (it.status, it.reason, ranges, device.log) == (BlkStatus.INVAL, Reason.P2P_NOT_SUPPORTED, [], [])
 
     def test_ordinary_memory_goes_on(self) -> None:
-        it, ranges = run(Request(Op.READ, SCATTERED), BlockDevice(), peer=Peer(P2P_NONE))
+        it, ranges = run(Request(Op.READ, SCATTERED), BlockDevice(), peer=Peer(P2P_MAP_NONE))
         assert it.reason == Reason.COALESCED and len(ranges) == 1
 
 

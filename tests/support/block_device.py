@@ -37,7 +37,7 @@ class SoftWindow:
         if self.device.fail.hit():
             raise ExhaustedError("sync")
 
-    def destroy(self, mapped_len: int, direction: int, attrs: int = 0) -> None:
+    def destroy(self, mapped_len: int, direction: int, attrs: int = 0, *, cpu: int | None = None) -> None:
         self.device.log.append(("destroy", mapped_len, attrs))
         assert mapped_len == sum(size for _, _, size in self.linked)
         self.linked.clear()
@@ -57,6 +57,7 @@ class BlockDevice:
         self.identity = identity
         self.give_windows = windows and translating
         self.fail = FailPoint()
+        self.why = 0
         self.log: list[tuple[object, ...]] = []
         self.mapped: dict[int, tuple[int, int]] = {}
         self.windows: list[SoftWindow] = []
@@ -99,6 +100,7 @@ class BlockDevice:
         self.windows.append(window)
         return window
 
+    @property
     def merge_boundary(self) -> int:
         return GRANULE - 1 if self.translating else 0
 

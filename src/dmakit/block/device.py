@@ -8,11 +8,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-P2P_NONE = 1
-P2P_NOT_SUPPORTED = 2
-P2P_BUS_ADDR = 3
-P2P_HOST_BRIDGE = 4
-
 
 class Window(Protocol):
     """A state of the two-step API (``dma.IovaState``): false when it cannot be used."""
@@ -33,7 +28,7 @@ class Window(Protocol):
     def sync(self, offset: int, size: int) -> None:
         """Make linked pieces visible to the device."""
 
-    def destroy(self, mapped_len: int, direction: int, attrs: int = 0) -> None:
+    def destroy(self, mapped_len: int, direction: int, attrs: int = 0, *, cpu: int | None = None) -> None:
         """Unmap ``mapped_len`` bytes from offset 0 and give the window back."""
 
 
@@ -56,6 +51,10 @@ class MappingDevice(Protocol):
     def identity(self) -> bool:
         """Whether it sits behind an IOMMU in passthrough mode."""
 
+    @property
+    def why(self) -> int:
+        """The ``Reason`` of the last call that failed (0 = none)."""
+
     def map_phys(self, phys: int, size: int, direction: int, attrs: int = 0, *, cpu: int = 0) -> int:
         """The DMA address of memory."""
 
@@ -71,6 +70,7 @@ class MappingDevice(Protocol):
     def try_alloc(self, phys: int, size: int, *, cpu: int = 0) -> Window:
         """Reserve a window; false when two-step mapping is not possible."""
 
+    @property
     def merge_boundary(self) -> int:
         """Mask on which neighbours can be made contiguous; 0 = never."""
 
@@ -82,7 +82,14 @@ class MappingDevice(Protocol):
 
 
 class PeerMemory(Protocol):
-    """Knows peer memory: asked once a request, for its first segment."""
+    """A request's memo of the peer-to-peer decision (``p2p.state.P2pState``) for the requesting device."""
 
-    def classify(self, phys: int) -> tuple[int, int]:
-        """(P2P_* type, bus offset) of the memory at ``phys`` for the requesting device."""
+    @property
+    def bus_offset(self) -> int:
+        """What to add to a physical address of the provider asked about last."""
+
+    def reset(self) -> None:
+        """Forget the last provider: a new request begins."""
+
+    def map_type(self, phys: int) -> int:
+        """``consts.P2P_MAP_*`` of the memory at ``phys``."""

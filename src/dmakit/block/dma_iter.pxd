@@ -10,11 +10,12 @@ cdef class BlkDmaIter:
     cdef readonly unsigned long long mapped
     cdef readonly object state
     cdef readonly object device
+    cdef readonly object error
     cdef readonly SegmentIter walk
     cdef readonly int direction
     cdef readonly int attrs
     cdef readonly int cpu
-    cdef readonly unsigned long long bus_offset
+    cdef readonly long long bus_offset
     cdef bint _start_window(self, Payload payload, object state) except *
     cdef bint _one(self) except *
     cdef void _because(self, int reason) noexcept

@@ -20,15 +20,7 @@ from __future__ import annotations
 
 import cython
 
-from dmakit.block.device import (
-    P2P_BUS_ADDR,
-    P2P_HOST_BRIDGE,
-    P2P_NONE,
-    P2P_NOT_SUPPORTED,
-    MappingDevice,
-    PeerMemory,
-    Window,
-)
+from dmakit.block.device import MappingDevice, PeerMemory, Window
 from dmakit.block.status import BlkStatus, errno_to_blk_status
 from dmakit.errors import DmakitError, MisuseError
 from dmakit.reasons import Reason
@@ -36,11 +28,23 @@ from dmakit.reasons import Reason
 if cython.compiled:
     from cython.cimports.dmakit.block.request import Payload, Request
     from cython.cimports.dmakit.block.segments import SegmentIter
-    from cython.cimports.dmakit.consts import ATTR_MMIO
+    from cython.cimports.dmakit.consts import (
+        ATTR_MMIO,
+        P2P_MAP_BUS_ADDR,
+        P2P_MAP_NONE,
+        P2P_MAP_NOT_SUPPORTED,
+        P2P_MAP_THRU_HOST_BRIDGE,
+    )
 else:
     from dmakit.block.request import Payload, Request
     from dmakit.block.segments import SegmentIter
-    from dmakit.consts import ATTR_MMIO
+    from dmakit.consts import (
+        ATTR_MMIO,
+        P2P_MAP_BUS_ADDR,
+        P2P_MAP_NONE,
+        P2P_MAP_NOT_SUPPORTED,
+        P2P_MAP_THRU_HOST_BRIDGE,
+    )
 
 GAP_RULE = "gap"
 VIRT_BOUNDARY_RULE = "virt-boundary"
@@ -73,16 +77,18 @@ class BlkDmaIter:
     """``struct blk_dma_iter``: ``addr`` and ``len`` of the range just mapped, ``status`` when a call answered False.
 
     ``state`` is the window when the request was coalesced, else None; ``mapped`` counts bytes mapped so far;
-    ``reason`` is the ``Reason`` of the branch taken; ``map_type`` the peer-to-peer decision.
+    ``reason`` is the ``Reason`` of the branch taken; ``error`` what
+    the mapping said when ``status`` is not OK; ``map_type`` the peer-to-peer decision.
     """
 
     def __init__(self) -> None:
         self.walk = SegmentIter()
         self.state: Window | None = None
         self.device: MappingDevice | None = None
+        self.error: DmakitError | None = None
         self.status = int(BlkStatus.OK)
         self.reason = int(Reason.NONE)
-        self.map_type = P2P_NONE
+        self.map_type = P2P_MAP_NONE
         self.addr = 0
         self.len = 0
         self.mapped = 0
@@ -104,9 +110,10 @@ class BlkDmaIter:
         payload: Payload = request.integrity if integrity else request.data
         self.device = device
         self.state = None
+        self.error = None
         self.status = int(BlkStatus.OK)
         self.reason = int(Reason.NONE)
-        self.map_type = P2P_NONE
+        self.map_type = P2P_MAP_NONE
         self.mapped = 0
         self.attrs = 0
         self.bus_offset = 0
@@ -117,8 +124,8 @@ class BlkDmaIter:
             return False
         if peer is not None and not self._classify(peer):
             return False
-        if self.map_type != P2P_BUS_ADDR:
-            if may_coalesce(request, payload, device.merge_boundary(), rule):
+        if self.map_type != P2P_MAP_BUS_ADDR:
+            if may_coalesce(request, payload, device.merge_boundary, rule):
                 state = device.try_alloc(self.walk.paddr, payload.size, cpu=self.cpu)
                 if state:
                     return self._start_window(payload, state)
@@ -141,14 +148,16 @@ class BlkDmaIter:
 
     def _classify(self, peer: PeerMemory) -> cython.bint:
         """Ask what memory the first segment is; False when the device cannot reach it."""
-        self.map_type, self.bus_offset = peer.classify(self.walk.paddr)
-        if self.map_type == P2P_BUS_ADDR:
+        peer.reset()
+        self.map_type = int(peer.map_type(self.walk.paddr))
+        self.bus_offset = peer.bus_offset
+        if self.map_type == P2P_MAP_BUS_ADDR:
             self.reason = int(Reason.P2P_BUS)
-        elif self.map_type == P2P_HOST_BRIDGE:
+        elif self.map_type == P2P_MAP_THRU_HOST_BRIDGE:
             self.reason = int(Reason.P2P_HOST_BRIDGE)
             self.attrs = ATTR_MMIO
-        elif self.map_type != P2P_NONE:
-            self.map_type = P2P_NOT_SUPPORTED
+        elif self.map_type != P2P_MAP_NONE:
+            self.map_type = P2P_MAP_NOT_SUPPORTED
             self.reason = int(Reason.P2P_NOT_SUPPORTED)
             self.status = int(BlkStatus.INVAL)
             return False
@@ -170,9 +179,8 @@ class BlkDmaIter:
             state.sync(0, mapped)
         except DmakitError as error:
             state.destroy(mapped, self.direction, self.attrs)
+            self.error = error
             self.status = int(errno_to_blk_status(error.errno))
-            if isinstance(error, MisuseError) and error.rule:
-                raise
             return False
         self.state = state
         self.mapped = mapped
@@ -180,19 +188,15 @@ class BlkDmaIter:
 
     def _one(self) -> cython.bint:
         """Give the segment under the walk its own address."""
-        if self.map_type == P2P_BUS_ADDR:
+        if self.map_type == P2P_MAP_BUS_ADDR:
             self.addr = self.walk.paddr + self.bus_offset
         else:
             device = self.device
             assert device is not None, "start comes before next"
             try:
                 self.addr = device.map_phys(self.walk.paddr, self.walk.size, self.direction, self.attrs, cpu=self.cpu)
-            except MisuseError as error:
-                if error.rule:
-                    raise
-                self.status = int(BlkStatus.RESOURCE)
-                return False
-            except DmakitError:
+            except DmakitError as error:
+                self.error = error
                 self.status = int(BlkStatus.RESOURCE)
                 return False
         self.len = self.walk.size
@@ -201,16 +205,22 @@ class BlkDmaIter:
 
 
 def unmap(
-    device: MappingDevice, state: Window | None, mapped_len: int, direction: int, map_type: int = P2P_NONE
+    device: MappingDevice,
+    state: Window | None,
+    mapped_len: int,
+    direction: int,
+    map_type: int = P2P_MAP_NONE,
+    *,
+    cpu: int | None = None,
 ) -> bool:
     """``blk_rq_dma_unmap``: True when all is undone; False when the caller must unmap each range by itself.
 
     Bus addresses need nothing; a window is destroyed in one call (``mapped_len`` bytes were linked); a device
     for which ``need_unmap`` is false keeps nothing mapped.
     """
-    if map_type == P2P_BUS_ADDR:
+    if map_type == P2P_MAP_BUS_ADDR:
         return True
     if state is not None:
-        state.destroy(mapped_len, direction, ATTR_MMIO if map_type == P2P_HOST_BRIDGE else 0)
+        state.destroy(mapped_len, direction, ATTR_MMIO if map_type == P2P_MAP_THRU_HOST_BRIDGE else 0, cpu=cpu)
         return True
     return not device.need_unmap()

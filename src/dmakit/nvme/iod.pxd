@@ -1,0 +1,22 @@
+cdef class Iod:
+    cdef public object request
+    cdef public int status
+    cdef public int flags
+    cdef public int psdt
+    cdef public unsigned long long low
+    cdef public unsigned long long high
+    cdef public unsigned long long mptr
+    cdef public unsigned long long total
+    cdef public object state
+    cdef public int map_type
+    cdef public list blocks
+    cdef public list vectors
+    cdef public int entries
+    cdef public object meta_state
+    cdef public int meta_map_type
+    cdef public unsigned long long meta_total
+    cdef public object meta_block
+    cdef public int meta_entries
+    cdef public int path
+    cdef public int reason
+    cdef public object error

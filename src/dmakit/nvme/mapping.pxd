@@ -1,0 +1,32 @@
+from dmakit.block.dma_iter cimport BlkDmaIter
+from dmakit.block.request cimport Request
+from dmakit.ledger cimport Ledger
+from dmakit.nvme.iod cimport Iod
+from dmakit.nvme.pool cimport DescriptorPool
+from dmakit.nvme.prp cimport PrpWriter
+from dmakit.nvme.sgl cimport SglWriter
+
+cdef class RequestMapper:
+    cdef readonly object device
+    cdef readonly DescriptorPool small
+    cdef readonly DescriptorPool large
+    cdef readonly Ledger ledger
+    cdef readonly bint sgl_supported
+    cdef readonly bint meta_sgl_supported
+    cdef readonly unsigned long long sgl_threshold
+    cdef readonly str rule
+    cdef readonly object peer
+    cdef readonly BlkDmaIter walk
+    cdef readonly PrpWriter prp
+    cdef readonly SglWriter sgl
+    cdef int _use_sgls(self, Request request, bint admin) except -1
+    cdef int _map_data(self, Iod iod, Request request, bint admin) except -1
+    cdef int _map_simple(self, Iod iod, Request request, int choice) except -2
+    cdef int _write_prps(self, Iod iod, Request request) except -1
+    cdef int _save(self, Iod iod) except -1
+    cdef int _write_sgl(self, Iod iod, Request request) except -1
+    cdef int _end(self, Iod iod, int status, int reason) except -1
+    cdef int _fail(self, Iod iod, object error, int reason) except -1
+    cdef int _unmap_data(self, Iod iod, int cpu) except -1
+    cdef int _unmap_listed(self, Iod iod, int attrs, int cpu) except -1
+    cdef int _drop(self, Iod iod) except -1

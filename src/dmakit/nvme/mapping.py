@@ -1,0 +1,362 @@
+"""Mapping a request for an NVMe controller: which path, PRP or SGL, and how it is undone.
+
+For the data of one request, in this order:
+
+1. exactly one physical segment of ordinary memory that two PRPs, or one SGL descriptor, can describe: one
+   ``dma_map_phys``, no iterator, no window (path ``map_phys``). This is what keeps small I/O cheap.
+2. otherwise the block DMA iterator decides (``block.dma_iter``): ``two-step``, ``bus`` or ``per-segment``; its ranges
+   are written as they come, so the request is walked once.
+3. the ranges become an SGL when that is *forced* (gaps inside a controller page, a user command, several integrity
+   segments), or *supported* and the average range is at least ``sgl_threshold`` bytes; else a PRP list.
+
+Whatever fails, everything this request mapped or allocated is undone before ``map`` returns its status. (Linux
+before mid-2026 forgot the first range when the list block of an SGL could not be had; that is not reproduced.)
+
+Models ``drivers/nvme/host/pci.c``: ``nvme_map_data``, ``nvme_pci_setup_data_simple``, ``nvme_pci_use_sgls``,
+``nvme_unmap_data``. Metadata is in ``nvme.metadata``.
+"""
+
+from __future__ import annotations
+
+import cython
+
+from dmakit.block.device import MappingDevice, PeerMemory
+from dmakit.block.dma_iter import GAP_RULE, unmap
+from dmakit.block.limits import NVME_MAX_SEGS
+from dmakit.block.status import BlkStatus
+from dmakit.errors import DmakitError, ExhaustedError, MisuseError
+from dmakit.nvme import metadata
+from dmakit.nvme.iod import (
+    IOD_DATA_MAPPED,
+    IOD_SINGLE_SEGMENT,
+    PATH_BUS,
+    PATH_FAILED,
+    PATH_MAP_PHYS,
+    PATH_NO_DATA,
+    PATH_PER_SEGMENT,
+    PATH_TWO_STEP,
+)
+from dmakit.nvme.spec import PSDT_PRP, PSDT_SGL_METABUF
+from dmakit.reasons import Reason
+
+if cython.compiled:
+    from cython.cimports.dmakit.block.dma_iter import BlkDmaIter
+    from cython.cimports.dmakit.block.request import Request
+    from cython.cimports.dmakit.consts import (
+        ATTR_MMIO,
+        L_BOOKKEEPING_BYTES,
+        L_DESCRIPTORS,
+        L_PASSES,
+        P2P_MAP_BUS_ADDR,
+        P2P_MAP_NONE,
+        P2P_MAP_THRU_HOST_BRIDGE,
+        PAGE_MASK_LOW,
+        PAGE_SIZE,
+    )
+    from cython.cimports.dmakit.ledger import Ledger
+    from cython.cimports.dmakit.nvme.iod import Iod
+    from cython.cimports.dmakit.nvme.pool import Block, DescriptorPool
+    from cython.cimports.dmakit.nvme.prp import PrpWriter
+    from cython.cimports.dmakit.nvme.sgl import SglWriter
+else:
+    from dmakit.block.dma_iter import BlkDmaIter
+    from dmakit.block.request import Request
+    from dmakit.consts import (
+        ATTR_MMIO,
+        L_BOOKKEEPING_BYTES,
+        L_DESCRIPTORS,
+        L_PASSES,
+        P2P_MAP_BUS_ADDR,
+        P2P_MAP_NONE,
+        P2P_MAP_THRU_HOST_BRIDGE,
+        PAGE_MASK_LOW,
+        PAGE_SIZE,
+    )
+    from dmakit.ledger import Ledger
+    from dmakit.nvme.iod import Iod
+    from dmakit.nvme.pool import Block, DescriptorPool
+    from dmakit.nvme.prp import PrpWriter
+    from dmakit.nvme.sgl import SglWriter
+
+SGL_THRESHOLD = 32 << 10
+SGL_UNSUPPORTED, SGL_SUPPORTED, SGL_FORCED = range(3)
+
+
+@cython.cclass
+class RequestMapper:
+    """Maps and unmaps requests of one controller on one device.
+
+    ``sgl_supported`` and ``meta_sgl_supported``: from the controller's SGLS; ``sgl_threshold``: bytes, 0 = never by
+    size; ``rule``: ``gap`` or ``virt-boundary`` (see ``block.dma_iter``); ``peer``: who knows peer memory.
+    """
+
+    def __init__(
+        self,
+        device: MappingDevice,
+        small: DescriptorPool,
+        large: DescriptorPool,
+        *,
+        ledger: Ledger,
+        sgl_supported: bool,
+        meta_sgl_supported: bool = False,
+        sgl_threshold: int = SGL_THRESHOLD,
+        rule: str = GAP_RULE,
+        peer: PeerMemory | None = None,
+    ) -> None:
+        if not 0 <= sgl_threshold < 1 << 32:
+            raise MisuseError(f"sgl_threshold={sgl_threshold}: must lie in [0, 2^32)")
+        self.device = device
+        self.small = small
+        self.large = large
+        self.ledger = ledger
+        self.sgl_supported = sgl_supported
+        self.meta_sgl_supported = meta_sgl_supported
+        self.sgl_threshold = sgl_threshold
+        self.rule = rule
+        self.peer = peer
+        self.walk = BlkDmaIter()
+        self.prp = PrpWriter(small, large)
+        self.sgl = SglWriter(small, large)
+
+    # Public -------------------------------------------------------------------------------------------------
+
+    def map(self, request: Request, *, admin: bool = False) -> Iod:
+        """Map a request's data and metadata; ``iod.status`` tells how it went, and on failure nothing is mapped."""
+        if request.segments > NVME_MAX_SEGS:
+            raise MisuseError(f"request of {request.segments} segments: an NVMe queue takes at most {NVME_MAX_SEGS}")
+        iod = Iod(request)
+        if request.data.count == 0:
+            iod.path = PATH_NO_DATA
+            iod.reason = int(Reason.NO_DATA)
+        elif self._map_data(iod, request, admin) != 0:
+            return iod
+        if request.integrity.count != 0 and metadata.map_metadata(self, iod, request) != 0:
+            self._unmap_data(iod, request.cpu)
+            iod.entries = 0
+            return iod
+        self.ledger.counts[L_DESCRIPTORS] += iod.entries + iod.meta_entries
+        self.ledger.counts[L_BOOKKEEPING_BYTES] += iod.bookkeeping_bytes
+        return iod
+
+    def unmap(self, iod: Iod, *, cpu: int | None = None) -> None:
+        """Undo ``map`` when the command has completed; ``cpu`` is the one that completes (default: that submitted)."""
+        on: int = iod.request.cpu if cpu is None else cpu
+        metadata.unmap_metadata(self, iod, on)
+        self._unmap_data(iod, on)
+
+    def use_sgls(self, request: Request, *, admin: bool = False) -> int:
+        """SGL_UNSUPPORTED, SGL_SUPPORTED or SGL_FORCED for this request (``nvme_pci_use_sgls``)."""
+        return self._use_sgls(request, admin)
+
+    # Data ---------------------------------------------------------------------------------------------------
+
+    def _use_sgls(self, request: Request, admin: cython.bint) -> cython.int:
+        if admin or not self.sgl_supported:
+            return SGL_UNSUPPORTED
+        if (
+            (request.data.gap_bit != 0 and request.data.gap_bit <= 12)
+            or request.user_command
+            or request.integrity.segments > 1
+        ):
+            return SGL_FORCED
+        return SGL_SUPPORTED
+
+    def _map_data(self, iod: Iod, request: Request, admin: cython.bint) -> cython.int:
+        """Map the data and write its descriptors; returns the status."""
+        walk: BlkDmaIter = self.walk
+        choice: cython.int = self._use_sgls(request, admin)
+        ranges: cython.ulonglong
+        status: cython.int
+        self.ledger.counts[L_PASSES] += 1
+        if request.data.segments == 1:
+            status = self._map_simple(iod, request, choice)
+            if status >= 0:
+                return status
+        if not walk.start(request, self.device, rule=self.rule, peer=self.peer):
+            iod.status = walk.status
+            return self._fail(iod, walk.error, walk.reason)
+        iod.state = walk.state
+        iod.map_type = walk.map_type
+        if walk.state is not None:
+            iod.path = PATH_TWO_STEP
+        else:
+            iod.path = PATH_BUS if walk.map_type == P2P_MAP_BUS_ADDR else PATH_PER_SEGMENT
+        iod.reason = walk.reason
+        if request.data.segments == 1 and walk.map_type == P2P_MAP_NONE:
+            iod.reason = int(Reason.SINGLE_SEGMENT_TOO_LONG_FOR_PRP)
+        iod.flags |= IOD_DATA_MAPPED
+        ranges = 1 if walk.state is not None else request.data.segments
+        if choice == SGL_FORCED or (
+            choice == SGL_SUPPORTED
+            and self.sgl_threshold > 0
+            and (request.data.size + ranges - 1) // ranges >= self.sgl_threshold
+        ):
+            return self._write_sgl(iod, request)
+        return self._write_prps(iod, request)
+
+    def _map_simple(self, iod: Iod, request: Request, choice: cython.int) -> cython.int:
+        """One segment without the iterator; returns the status, or -1 when it must go the general way."""
+        phys: cython.ulonglong = request.data.phys[0]
+        length: cython.ulonglong = request.data.length[0]
+        offset: cython.ulonglong = phys & PAGE_MASK_LOW
+        addr: cython.ulonglong
+        two_prps: cython.bint = offset + length <= 2 * PAGE_SIZE
+        if choice == SGL_UNSUPPORTED and not two_prps:
+            return -1
+        if self.peer is not None:
+            self.peer.reset()
+            if self.peer.map_type(phys) != P2P_MAP_NONE:
+                return -1
+        try:
+            addr = self.device.map_phys(phys, length, request.direction, 0, cpu=request.cpu)
+        except DmakitError as error:
+            iod.status = int(BlkStatus.RESOURCE)
+            return self._fail(iod, error, 0)
+        iod.path = PATH_MAP_PHYS
+        iod.reason = int(Reason.SINGLE_SEGMENT)
+        iod.flags |= IOD_SINGLE_SEGMENT | IOD_DATA_MAPPED
+        iod.total = length
+        iod.low = addr
+        iod.entries = 1
+        if choice == SGL_FORCED or not two_prps:
+            iod.psdt = PSDT_SGL_METABUF
+            iod.high = length
+        elif offset + length > PAGE_SIZE:
+            iod.high = addr + PAGE_SIZE - offset
+            iod.entries = 2
+        return 0
+
+    def _write_prps(self, iod: Iod, request: Request) -> cython.int:
+        """Feed every range to the PRP writer, mapping as it goes."""
+        walk: BlkDmaIter = self.walk
+        prp: PrpWriter = self.prp
+        prp._begin(request.data.size)
+        iod.blocks = prp.blocks
+        iod.psdt = PSDT_PRP
+        try:
+            while True:
+                iod.total += walk.len
+                self._save(iod)
+                if prp._feed(walk.addr, walk.len) != 0:
+                    iod.status = int(BlkStatus.IOERR)
+                    break
+                if not walk.next():
+                    iod.status = walk.status
+                    break
+        except DmakitError as error:
+            iod.status = int(BlkStatus.RESOURCE)
+            iod.error = error
+        iod.low = prp.prp1
+        iod.high = prp.prp2
+        iod.entries = prp.entries
+        return self._end(iod, iod.status, int(Reason.MALFORMED_SEGMENTS))
+
+    def _save(self, iod: Iod) -> cython.int:
+        """Keep a range that must be unmapped by itself and that PRPs cannot give back."""
+        if iod.state is not None or iod.map_type == P2P_MAP_BUS_ADDR or not self.device.need_unmap():
+            return 0
+        iod.vectors.append((self.walk.addr, self.walk.len))
+        if len(iod.vectors) == 1 and self.small.fail._hit():
+            raise ExhaustedError("no memory for the vectors of a request that is mapped segment by segment")
+        return 0
+
+    def _write_sgl(self, iod: Iod, request: Request) -> cython.int:
+        """Feed every range to the SGL writer, mapping as it goes."""
+        walk: BlkDmaIter = self.walk
+        sgl: SglWriter = self.sgl
+        iod.psdt = PSDT_SGL_METABUF
+        try:
+            sgl._begin(request.data.segments, walk.state is not None)
+            iod.blocks = sgl.blocks
+            while True:
+                if sgl._feed(walk.addr, walk.len) != 0:
+                    iod.vectors.append((walk.addr, walk.len))
+                    iod.status = int(BlkStatus.IOERR)
+                    break
+                iod.total += walk.len
+                if not walk.next():
+                    iod.status = walk.status
+                    break
+            sgl._finish()
+            iod.low = sgl.low
+            iod.high = sgl.high
+            iod.entries = sgl.entries
+        except DmakitError as error:
+            iod.total = walk.len
+            iod.low = walk.addr
+            iod.high = walk.len
+            iod.entries = 1
+            iod.status = int(BlkStatus.RESOURCE)
+            iod.error = error
+        return self._end(iod, iod.status, int(Reason.MALFORMED_SEGMENTS))
+
+    def _end(self, iod: Iod, status: cython.int, reason: cython.int) -> cython.int:
+        """After writing descriptors: undo everything when that failed."""
+        error: object
+        if status == 0:
+            return 0
+        error = iod.error
+        if error is not None:
+            reason = int(Reason.DESCRIPTORS_EXHAUSTED)
+        elif self.walk.error is not None:
+            error = self.walk.error
+            reason = 0
+        self._unmap_data(iod, iod.request.cpu)
+        return self._fail(iod, error, reason)
+
+    def _fail(self, iod: Iod, error: object, reason: cython.int) -> cython.int:
+        """Record a failure: the mapping's own reason where the device names one. Returns the status."""
+        why: cython.int
+        iod.error = error
+        iod.path = PATH_FAILED
+        iod.reason = reason
+        if error is not None and reason != int(Reason.DESCRIPTORS_EXHAUSTED):
+            why = self.device.why
+            if why != 0:
+                iod.reason = why
+        iod.entries = 0
+        return iod.status
+
+    # Undo ---------------------------------------------------------------------------------------------------
+
+    def _unmap_data(self, iod: Iod, cpu: cython.int) -> cython.int:
+        """Undo the data mapping and give the list blocks back; harmless when nothing is mapped."""
+        attrs: cython.int = ATTR_MMIO if iod.map_type == P2P_MAP_THRU_HOST_BRIDGE else 0
+        if not iod.flags & IOD_DATA_MAPPED:
+            return 0
+        if iod.flags & IOD_SINGLE_SEGMENT:
+            self.device.unmap_phys(iod.low, iod.total, iod.request.direction, 0, cpu=cpu)
+        elif not unmap(self.device, iod.state, iod.total, iod.request.direction, iod.map_type, cpu=cpu):
+            self._unmap_listed(iod, attrs, cpu)
+        iod.state = None
+        iod.flags &= ~(IOD_DATA_MAPPED | IOD_SINGLE_SEGMENT)
+        return self._drop(iod)
+
+    def _unmap_listed(self, iod: Iod, attrs: cython.int, cpu: cython.int) -> cython.int:
+        """Unmap range by range: from the kept vectors, and from what an SGL says."""
+        at: cython.int
+        block: Block
+        direction: int = iod.request.direction
+        for addr, length in iod.vectors:
+            self.device.unmap_phys(addr, length, direction, attrs, cpu=cpu)
+        iod.vectors.clear()
+        if iod.psdt == PSDT_PRP:
+            return 0
+        if not iod.blocks:
+            self.device.unmap_phys(iod.low, iod.high, direction, attrs, cpu=cpu)
+            return 0
+        block = iod.blocks[0]
+        for at in range(iod.entries):
+            self.device.unmap_phys(block.words[2 * at], block.words[2 * at + 1], direction, attrs, cpu=cpu)
+        return 0
+
+    def _drop(self, iod: Iod) -> cython.int:
+        """Give list blocks back."""
+        block: Block
+        for block in iod.blocks:
+            if block.size == self.small.size:
+                self.small._free(block)
+            else:
+                self.large._free(block)
+        iod.blocks = []
+        return 0
