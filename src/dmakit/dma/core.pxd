@@ -1,0 +1,69 @@
+from dmakit.failpoint cimport FailPoint
+from dmakit.iommu.domain cimport PageTableDomain
+from dmakit.iommu.gather cimport Gather
+from dmakit.iova.domain cimport IovaDomain
+from dmakit.iova.flush_queue cimport FlushQueue
+from dmakit.ledger cimport Ledger
+from dmakit.memory.physical cimport PhysicalMemory
+from dmakit.swiotlb.bounce cimport Swiotlb
+
+cdef unsigned long long MASK_32BIT
+cdef unsigned long long LARGE_LEAF
+
+cdef class MapCore:
+    cdef readonly str name
+    cdef readonly PhysicalMemory memory
+    cdef readonly PageTableDomain domain
+    cdef readonly IovaDomain iovad
+    cdef readonly FlushQueue flush_queue
+    cdef readonly Swiotlb swiotlb
+    cdef readonly object cache
+    cdef readonly Ledger ledger
+    cdef readonly FailPoint fail
+    cdef readonly Gather gather
+    cdef public object checker
+    cdef public object events
+    cdef readonly bint translating
+    cdef readonly bint identity
+    cdef readonly bint coherent
+    cdef readonly bint trusted
+    cdef readonly bint kmalloc_bounce
+    cdef readonly bint force_bounce
+    cdef readonly bint pci
+    cdef readonly bint unchecked
+    cdef public bint prefer_32bit
+    cdef public bint skip_sync
+    cdef public unsigned long long mask
+    cdef public unsigned long long coherent_mask
+    cdef readonly unsigned long long bus_dma_limit
+    cdef readonly unsigned long long granule_mask
+    cdef public unsigned long long min_align_mask
+    cdef public unsigned long long max_segment
+    cdef public unsigned long long boundary
+    cdef readonly int granule_shift
+    cdef readonly int defects
+    cdef public int why
+    cdef public int error
+    cdef unsigned long long[::1] scratch
+    cdef readonly Py_ssize_t scratch_used
+
+    cdef unsigned long long _aligned(self, unsigned long long size) noexcept
+    cdef int _prot(self, int direction, int attrs) noexcept
+    cdef bint _needs_cache_care(self, int attrs) noexcept
+    cdef bint _kmalloc_unsafe(self, unsigned long long size, int direction) noexcept
+    cdef bint _may_bounce(self, unsigned long long size, int direction) noexcept
+    cdef unsigned long long _fail(self, int error, int why) noexcept
+    cdef unsigned long long _alloc_iova(self, unsigned long long size, unsigned long long limit, int cpu) except? 0
+    cdef int _free_iova(self, unsigned long long iova, unsigned long long size, bint queued, int cpu) except -1
+    cdef int _for_device(self, unsigned long long phys, unsigned long long size, int direction) except -1
+    cdef int _for_cpu(self, unsigned long long phys, unsigned long long size, int direction) except -1
+    cdef unsigned long long _bounce_in(
+        self, unsigned long long phys, unsigned long long size, unsigned long long align_mask, int direction, int attrs,
+        int cpu) except? 0
+    cdef int _bounce_out(self, unsigned long long tlb, unsigned long long size, int direction, int attrs) except -1
+    cdef unsigned long long _origin(self, unsigned long long tlb) except? 0
+    cdef int _bounce_sync(self, unsigned long long tlb, unsigned long long size, bint to_device) except -1
+    cdef bint _is_slot(self, unsigned long long phys) noexcept
+    cdef unsigned long long _remember(self, unsigned long long addr, unsigned long long size) except? 0
+    cdef int _release_remembered(self, int direction, int attrs) except -1
+    cdef bint _cuts_leaf(self, unsigned long long start, unsigned long long end) except? -1

@@ -1,0 +1,373 @@
+"""``Device``: the DMA API of one device, for people.
+
+A device is what a driver maps memory for. Its options say what the hardware and firmware say about it: how wide its
+addresses are (``mask``), whether it snoops CPU caches (``coherent``), whether it sits behind an external-facing port
+(``trusted=False``), what its scatterlists may look like. Whether there is an IOMMU in front of it is the machine's
+business: ``platform.soft.Machine.device`` makes devices; nobody else needs the constructor.
+
+Every public method validates once and raises one of the errors of ``dmakit.errors``; the typed internals that it calls
+(``_map_phys``, ``_map_sg``, ``IovaState._link`` …) are what compiled consumers use.
+
+Addresses: ``phys`` is what memory is called by the CPU (and by the IOMMU's tables), ``addr`` what the device puts on
+its bus. Sizes are bytes. Models ``kernel/dma/mapping.c`` and ``include/linux/dma-mapping.h``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import cython
+
+from dmakit.consts import DMA_NONE, PAGE_SIZE
+from dmakit.dma import coherent as _coherent
+from dmakit.dma.defects import defect_bits
+from dmakit.dma.direction import Attrs, checked_attrs, checked_direction
+from dmakit.dma.report import map_error, sg_error
+from dmakit.errors import MisuseError
+from dmakit.swiotlb.bounce import max_mapping_size
+
+if cython.compiled:
+    from cython.cimports.dmakit.dma.iova_state import IovaState
+    from cython.cimports.dmakit.dma.scatter import Scatter, SgMapping
+else:
+    from dmakit.dma.iova_state import IovaState
+    from dmakit.dma.scatter import Scatter, SgMapping
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+U64 = (1 << 64) - 1
+_RCACHE_RANGE = PAGE_SIZE << 5  # iova_rcache_range(): the largest size that magazines hold
+_DEFAULTS: dict[str, Any] = {
+    "domain": None,
+    "iovad": None,
+    "flush_queue": None,
+    "swiotlb": None,
+    "cache": None,
+    "gather": None,
+    "mask": U64,
+    "coherent_mask": None,
+    "bus_dma_limit": 0,
+    "coherent": True,
+    "trusted": True,
+    "identity": False,
+    "min_align_mask": 0,
+    "max_segment": 64 << 10,
+    "boundary": None,
+    "pci": True,
+    "forcedac": False,
+    "kmalloc_bounce": True,
+    "force_bounce": False,
+    "fail": None,
+    "checker": None,
+    "unchecked": False,
+}
+
+
+def _checked_mask(name: str, mask: int) -> int:
+    if not isinstance(mask, int) or mask <= 0 or mask > U64 or mask & (mask + 1):
+        raise MisuseError(f"{name}={mask!r}: must be 2**n - 1 with n from 1 to 64")
+    return mask
+
+
+def _checked_range(call: str, start: int, size: int) -> None:
+    if not isinstance(start, int) or not isinstance(size, int) or start < 0 or size <= 0 or start + size > 1 << 64:
+        raise MisuseError(f"{call}: [{start!r}, +{size!r}): must be a non-empty range of 64-bit addresses")
+
+
+@cython.cclass
+class Device(Scatter):
+    """One device and its mappings; a context manager that checks for leaks at its end.
+
+    Options (keywords): ``memory``, ``port`` (how the device reaches memory), ``ledger``, ``clock``; behind an IOMMU
+    ``domain``, ``iovad``, ``gather`` and, when lazy, ``flush_queue``; ``swiotlb`` (bounce pool), ``cache`` (CPU cache
+    model of a non-coherent machine), ``pages`` (for coherent memory); ``mask`` and ``coherent_mask`` (2**n - 1),
+    ``bus_dma_limit`` (0 = none), ``coherent``, ``trusted``, ``identity``, ``min_align_mask``, ``max_segment`` and
+    ``boundary`` (of scatterlists), ``pci`` (32-bit addresses first), ``forcedac`` (not), ``force_bounce``, ``checker``,
+    ``debug`` (keep every unmap necessary), ``defects`` (names or kernel versions), ``unchecked`` (a caller that breaks the
+    rules gets the kernel's answer, not a refusal: for replays of recorded misuse).
+    """
+
+    def __init__(self, name: str, **options: Any) -> None:
+        unknown = (
+            set(options)
+            - set(_DEFAULTS)
+            - {"memory", "port", "ledger", "clock", "pages", "low_pages", "debug", "defects"}
+        )
+        if unknown:
+            raise MisuseError(f"device {name!r}: unknown option {sorted(unknown)[0]!r}")
+        merged = {**_DEFAULTS, **options}
+        _checked_mask("mask", merged["mask"])
+        if merged["coherent_mask"] is None:
+            merged["coherent_mask"] = merged["mask"]
+        _checked_mask("coherent_mask", merged["coherent_mask"])
+        if merged["boundary"] is None:
+            merged["boundary"] = 0xFFFFFFFF if merged["pci"] else U64
+        _checked_mask("boundary", merged["boundary"])
+        merged["defects"] = defect_bits(options.get("defects", ()))
+        Scatter.__init__(self, name, merged)
+        self.port = options["port"]
+        self.pages = options.get("pages")
+        self.low_pages = options.get("low_pages")
+        self.clock = options.get("clock")
+        self.debug = bool(options.get("debug", False))
+        self.states: list[IovaState] = []
+        self.allocations: set[Any] = set()
+
+    # What the driver tells about its device ----------------------------------------------------------------
+
+    def set_mask(self, mask: int, coherent_mask: int | None = None) -> None:
+        """``dma_set_mask`` (2**n - 1), and ``dma_set_coherent_mask`` when given."""
+        self.mask = _checked_mask("mask", mask)
+        if coherent_mask is not None:
+            self.coherent_mask = _checked_mask("coherent_mask", coherent_mask)
+
+    def set_max_segment(self, size: int) -> None:
+        """``dma_set_max_seg_size``: the longest output segment of a scatterlist (bytes)."""
+        if not isinstance(size, int) or not 0 < size < 1 << 32:
+            raise MisuseError(f"max_segment={size!r}: must be 1 to 2**32 - 1 bytes")
+        self.max_segment = size
+
+    def set_boundary(self, mask: int) -> None:
+        """``dma_set_seg_boundary`` (2**n - 1): no output segment crosses a multiple of mask + 1."""
+        self.boundary = _checked_mask("boundary", mask)
+
+    def set_min_align_mask(self, mask: int) -> None:
+        """``dma_set_min_align_mask``: the address bits that a bounce slot must preserve (0 = none)."""
+        self.min_align_mask = _checked_mask("min_align_mask", mask) if mask else 0
+
+    # One piece ---------------------------------------------------------------------------------------------
+
+    def map_phys(self, phys: int, size: int, direction: int, attrs: int = 0, *, cpu: int = 0) -> int:
+        """Map memory for the device; returns the bus address (``dma_map_phys``)."""
+        _checked_range("map_phys", phys, size)
+        direction, attrs = checked_direction(direction), checked_attrs(attrs)
+        if direction == DMA_NONE:
+            raise MisuseError("map_phys: Direction.NONE cannot be mapped")
+        addr = self._map_phys(phys, size, direction, attrs, cpu)
+        if addr == 0:
+            raise map_error(self, phys, size, direction, attrs)
+        if self.checker is not None:
+            self.checker.mapped(self, addr, phys, size, direction, attrs)
+        return int(addr)
+
+    def unmap_phys(self, addr: int, size: int, direction: int, attrs: int = 0, *, cpu: int = 0) -> None:
+        """Undo ``map_phys``, with the same size, direction and attributes (``dma_unmap_phys``)."""
+        _checked_range("unmap_phys", addr, size)
+        direction, attrs = checked_direction(direction), checked_attrs(attrs)
+        if self.checker is not None:
+            self.checker.unmapping(self, addr, size, direction, attrs)
+        if self._unmap_phys(addr, size, direction, attrs, cpu) != 0:
+            raise MisuseError(f"unmap_phys: nothing is mapped at {addr:#x}", rule="not-mapped")
+
+    def map_page(self, phys: int, size: int, direction: int, attrs: int = 0, *, cpu: int = 0) -> int:
+        """``dma_map_page_attrs``: as ``map_phys``, for memory that has a struct page (MMIO is refused)."""
+        if checked_attrs(attrs) & Attrs.MMIO or not self.memory.is_ram(phys):
+            raise MisuseError(f"map_page: phys={phys:#x} must be RAM, and Attrs.MMIO is not allowed; use map_resource")
+        return self.map_phys(phys, size, direction, attrs, cpu=cpu)
+
+    def unmap_page(self, addr: int, size: int, direction: int, attrs: int = 0, *, cpu: int = 0) -> None:
+        """Undo ``map_page``."""
+        self.unmap_phys(addr, size, direction, attrs, cpu=cpu)
+
+    def map_resource(self, phys: int, size: int, direction: int, attrs: int = 0, *, cpu: int = 0) -> int:
+        """Map device memory (a BAR): ``map_phys`` with Attrs.MMIO; no cache maintenance, never bounced."""
+        _checked_range("map_resource", phys, size)
+        if self.memory.is_ram(phys):
+            raise MisuseError(f"map_resource: phys={phys:#x} is RAM; use map_phys", rule="resource-is-ram")
+        return self.map_phys(phys, size, direction, attrs | Attrs.MMIO, cpu=cpu)
+
+    def unmap_resource(self, addr: int, size: int, direction: int, attrs: int = 0, *, cpu: int = 0) -> None:
+        """Undo ``map_resource``."""
+        self.unmap_phys(addr, size, direction, attrs | Attrs.MMIO, cpu=cpu)
+
+    def sync_single_for_cpu(self, addr: int, size: int, direction: int) -> None:
+        """Let the CPU read what the device wrote to [addr, addr+size) of a live mapping."""
+        self._sync("sync_single_for_cpu", addr, size, direction, True)
+
+    def sync_single_for_device(self, addr: int, size: int, direction: int) -> None:
+        """Let the device see what the CPU wrote."""
+        self._sync("sync_single_for_device", addr, size, direction, False)
+
+    def _sync(self, call: str, addr: int, size: int, direction: int, for_cpu: bool) -> None:
+        _checked_range(call, addr, size)
+        direction = checked_direction(direction)
+        if self.checker is not None:
+            self.checker.syncing(self, addr, size, direction, for_cpu)
+        if self._sync_single(addr, size, direction, for_cpu) != 0:
+            raise MisuseError(f"{call}: nothing is mapped at {addr:#x}", rule="not-mapped")
+
+    # Scatterlists ------------------------------------------------------------------------------------------
+
+    def map_sg(self, segments: Sequence[tuple[int, ...]], direction: int, attrs: int = 0, *, cpu: int = 0) -> SgMapping:
+        """Map a list of (phys, length) at once (``dma_map_sg``); ``.segments`` of the answer is what the device gets.
+
+        A peer-to-peer entry is (phys, length, kind) or (phys, length, KIND_BUS, bus address): see ``dma.scatter``.
+        """
+        sg = SgMapping(len(segments))
+        sg.direction, sg.attrs = checked_direction(direction), checked_attrs(attrs)
+        for i, segment in enumerate(segments):
+            _checked_range("map_sg", segment[0], segment[1])
+            sg.phys[i], sg.length[i] = segment[0], segment[1]
+            sg.kind[i] = segment[2] if len(segment) > 2 else 0
+            sg.bus[i] = segment[3] if len(segment) > 3 else 0
+        sg.entries = len(segments)
+        count = self._map_sg(sg, cpu)
+        if count <= 0:
+            raise sg_error(self, int(count), sg)
+        if self.checker is not None:
+            self.checker.mapped_sg(self, sg)
+        return sg
+
+    def unmap_sg(self, sg: SgMapping, *, cpu: int = 0) -> None:
+        """Undo ``map_sg``."""
+        if not sg.live:
+            raise MisuseError("unmap_sg: this list is not mapped", rule="double-unmap")
+        if self.checker is not None:
+            self.checker.unmapping_sg(self, sg)
+        self._unmap_sg(sg, cpu)
+
+    def sync_sg_for_cpu(self, sg: SgMapping) -> None:
+        """Let the CPU read what the device wrote to a live list."""
+        self._sync_sg(sg, True)
+
+    def sync_sg_for_device(self, sg: SgMapping) -> None:
+        """Let the device see what the CPU wrote."""
+        self._sync_sg(sg, False)
+
+    # Two steps ---------------------------------------------------------------------------------------------
+
+    def try_alloc(self, phys: int, size: int, *, cpu: int = 0) -> IovaState:
+        """A window of ``size`` bytes of IOVA (``dma_iova_try_alloc``); falsy when the device or the space has none.
+
+        Only phys's offset inside a granule matters (0 for page-aligned users). MisuseError for a size of 0 or one
+        that uses bit 63.
+        """
+        if not isinstance(phys, int) or not 0 <= phys <= U64:
+            raise MisuseError(f"try_alloc: phys={phys!r}: must be a 64-bit address")
+        if not isinstance(size, int) or (not 0 < size < 1 << 63 and not (self.unchecked and 0 <= size <= U64)):
+            raise MisuseError(f"try_alloc: size={size!r}: must be 1 to 2**63 - 1 bytes (bit 63 is the state's own)")
+        state = IovaState()
+        if state._try_alloc(self, phys, size, cpu) != 0:
+            state._open(self, cpu)
+            self.states.append(state)
+            if self.checker is not None:
+                self.checker.allocated(self, state)
+        return state
+
+    def _state_closed(self, state: IovaState) -> None:
+        self.states.remove(state)
+
+    # Memory that driver and device share -------------------------------------------------------------------
+
+    def alloc_coherent(self, size: int, attrs: int = 0, *, cpu: int = 0) -> _coherent.CoherentMemory:
+        """Memory that CPU and device see alike at any time (``dma_alloc_coherent``); released by its ``free``."""
+        _checked_range("alloc_coherent", 0, size)
+        return _coherent.allocate(self, size, self.coherent_mask, -1, checked_attrs(attrs), cpu)
+
+    def alloc_noncontiguous(
+        self, size: int, direction: int, attrs: int = 0, *, cpu: int = 0
+    ) -> _coherent.CoherentMemory:
+        """Pages that need not be neighbours, one bus-address range (``dma_alloc_noncontiguous``); sync as streaming."""
+        _checked_range("alloc_noncontiguous", 0, size)
+        mask = self.coherent_mask
+        return _coherent.allocate(self, size, mask, checked_direction(direction), checked_attrs(attrs), cpu)
+
+    def _map_ranges(
+        self, ranges: list[tuple[int, int]], size: int, direction: int, attrs: int, mask: int, cpu: int
+    ) -> int:
+        """Whole pages into one IOVA range at or below ``mask``; 0, with nothing mapped, when that fails."""
+        iova = self._alloc_iova(size, mask, cpu)
+        if iova == 0:
+            return 0
+        done = 0
+        error = 0
+        for phys, length in ranges:
+            error = self.domain._map(iova + done, phys, length, self._prot(direction, attrs))
+            if error != 0:
+                break
+            done += length
+        if error == 0:
+            error = self.domain._sync_map(iova, size)
+        if error == 0:
+            return int(iova)
+        if done:
+            self.gather._init()
+            self.domain._unmap(iova, done, self.gather)
+            self.domain._flush(self.gather)
+        self._free_iova(iova, size, False, cpu)
+        return 0
+
+    def _unmap_ranges(self, addr: int, size: int, cpu: int) -> None:
+        self._iommu_unmap(addr, size, cpu)
+
+    def _sync_ranges(self, ranges: list[tuple[int, int]], direction: int, for_cpu: bool) -> None:
+        if self.coherent or direction < 0:
+            return
+        for phys, length in ranges:
+            if for_cpu:
+                self._for_cpu(phys, length, direction)
+            else:
+                self._for_device(phys, length, direction)
+
+    # Questions ---------------------------------------------------------------------------------------------
+
+    @property
+    def merge_boundary(self) -> int:
+        """``dma_get_merge_boundary``: granule − 1 behind an IOMMU, 0 when nothing can be merged."""
+        return int(self.granule_mask) if self.translating else 0
+
+    def max_mapping_size(self) -> int:
+        """``dma_max_mapping_size``: the most that one classic call maps; 2**64 − 1 when nothing limits it."""
+        if self.translating:
+            limited = not self.trusted
+        else:
+            ram_end = max((region.end for region in self.memory.regions if region.kind == "ram"), default=0)
+            limit = min(self.mask, self.bus_dma_limit or U64)
+            limited = self.swiotlb is not None and (self.force_bounce or limit < ram_end - 1)
+        return max_mapping_size(self.min_align_mask) if limited else U64
+
+    def opt_mapping_size(self) -> int:
+        """``dma_opt_mapping_size``: above this an IOVA allocation always searches the tree (128 KiB)."""
+        limit = self.max_mapping_size()
+        return min(limit, _RCACHE_RANGE) if self.translating else limit
+
+    def need_unmap(self) -> bool:
+        """``dma_need_unmap``: False when unmapping has nothing to do. Ask after all mappings were made."""
+        return self.translating or not self.skip_sync or self.debug
+
+    def iova_to_phys(self, addr: int) -> int:
+        """What the device's address ``addr`` leads to by the tables (0 = nothing); the address itself when direct."""
+        return int(self.domain._iova_to_phys(addr)) if self.translating else addr
+
+    # The device's own accesses -----------------------------------------------------------------------------
+
+    def dma_read(self, addr: int, size: int) -> bytes:
+        """The device reads ``size`` bytes from bus address ``addr``; FaultError where the IOMMU blocks it."""
+        data: bytes = self.port.read(addr, size)
+        return data
+
+    def dma_write(self, addr: int, data: bytes | bytearray | memoryview) -> None:
+        """The device writes ``data``."""
+        self.port.write(addr, data)
+
+    # End ---------------------------------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """The driver lets the device go; MisuseError naming what is still mapped when something is."""
+        if self.checker is not None:
+            self.checker.released(self)
+        left = [f"a window of {state.size:#x} bytes at {state.addr:#x}" for state in self.states]
+        left += [f"coherent memory of {memory.size:#x} bytes at {memory.addr:#x}" for memory in self.allocations]
+        if left:
+            raise MisuseError(f"device {self.name!r} released with live mappings: {'; '.join(left)}", rule="leak")
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.release()

@@ -1,0 +1,90 @@
+"""From an internal's −errno to the exception a user reads: which value, which rule, what would help.
+
+Kept apart from the calls so that the hot modules stay about mapping. Every function returns an exception (the caller
+raises it), chosen by whose fault it was: MisuseError, ExhaustedError or UnsupportedError.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dmakit import consts
+from dmakit.dma.direction import Attrs, Direction
+from dmakit.errors import DmakitError, ExhaustedError, MisuseError, UnsupportedError
+from dmakit.reasons import Reason
+
+
+def link_error(core: Any, error: int, phys: int, offset: int, size: int, direction: int, attrs: int) -> DmakitError:
+    """The exception for a failed ``link`` or ``sync``."""
+    errno = -error
+    what = f"link of {size:#x} bytes at phys {phys:#x}, offset {offset:#x}"
+    granule = core.granule_mask + 1
+    if errno == consts.EIO:
+        text = f"phys starts {phys & core.granule_mask:#x} into a granule of {granule:#x} at an offset above 0"
+        return MisuseError(f"{what}: {text}; only the first piece may", errno, rule="unaligned-interior")
+    if errno == consts.EADDRINUSE:
+        return MisuseError(f"{what}: overlaps a linked piece", errno, rule="overlapping-link")
+    if errno == consts.ENXIO:
+        hint = "the offset must be congruent to phys within a granule"
+        if core.trusted is False and phys & core.granule_mask and not core.min_align_mask & core.granule_mask:
+            hint = "the bounce slot loses the offset in the granule unless the device sets min_align_mask"
+        return MisuseError(
+            f"{what}: not expressible in whole granules of {granule:#x}: {hint}", errno, rule="alignment"
+        )
+    if errno == consts.EOPNOTSUPP:
+        why = "the state already bounced" if core.coherent else "the device does not snoop CPU caches"
+        return UnsupportedError(f"{what}: {Attrs.REQUIRE_COHERENT!r} but {why}", errno)
+    if errno == consts.EPERM:
+        return UnsupportedError(f"{what}: must be bounced, which {Attrs(attrs)!r} forbids", errno)
+    if errno == consts.ENOMEM:
+        lack = "bounce slot" if core.why == Reason.SLOTS_EXHAUSTED else "memory for an IOMMU table page"
+        return ExhaustedError(f"{what}: no {lack}", errno)
+    if errno == consts.EINVAL and direction == Direction.NONE:
+        return MisuseError(f"{what}: {Direction.NONE!r} gives the device neither read nor write access", errno)
+    return MisuseError(f"{what}: the IOMMU cannot map this range (−{errno})", errno)
+
+
+def map_error(core: Any, phys: int, size: int, direction: int, attrs: int) -> DmakitError:
+    """The exception for a failed ``map_phys`` (the kernel's DMA_MAPPING_ERROR, which reads as −ENOMEM)."""
+    what = f"map of {size:#x} bytes at phys {phys:#x}"
+    errno = -core.error
+    if core.why == Reason.IOVA_EXHAUSTED:
+        return ExhaustedError(f"{what}: no free IOVA range at or below {core.mask:#x}", consts.ENOMEM)
+    if core.why == Reason.SLOTS_EXHAUSTED:
+        if core.swiotlb is None:
+            return UnsupportedError(f"{what}: must be bounced, but there is no swiotlb pool", consts.ENOMEM)
+        return ExhaustedError(f"{what}: no run of free bounce slots", consts.ENOMEM)
+    if core.why == Reason.TABLE_MEMORY_EXHAUSTED:
+        return ExhaustedError(f"{what}: no memory for an IOMMU table page", consts.ENOMEM)
+    if errno == consts.EPERM:
+        return UnsupportedError(f"{what}: must be bounced, which {Attrs(attrs)!r} forbids", errno)
+    if errno == consts.EOPNOTSUPP:
+        return UnsupportedError(f"{what}: {Attrs.REQUIRE_COHERENT!r} but the device does not snoop CPU caches", errno)
+    if errno == consts.EIO:
+        return UnsupportedError(
+            f"{what}: the device reaches only up to {core.mask:#x} and nothing may be bounced; "
+            "a wider mask, an IOMMU or a swiotlb pool would help",
+            consts.ENOMEM,
+        )
+    if core.translating and core.min_align_mask > core.granule_mask:
+        return MisuseError(f"{what}: min_align_mask={core.min_align_mask:#x} exceeds the granule", errno)
+    if direction == Direction.NONE:
+        return MisuseError(f"{what}: {Direction.NONE!r} cannot be mapped", consts.EINVAL)
+    return MisuseError(f"{what}: the IOMMU cannot map this range (−{errno})", errno)
+
+
+def sg_error(core: Any, count: int, sg: Any) -> DmakitError:
+    """The exception for a failed ``map_sg``."""
+    errno = -count
+    what = f"map_sg of {sg.entries} entries"
+    if errno == consts.EREMOTEIO:
+        return UnsupportedError(f"{what}: a peer's memory that this device cannot reach", errno)
+    if errno == consts.EINVAL and (sg.entries == 0 or sg.direction == Direction.NONE):
+        return MisuseError(f"{what}, {Direction(sg.direction)!r}: needs at least one entry and a direction", errno)
+    if errno == consts.ENOMEM or (errno == consts.EIO and core.error == -consts.ENOMEM):
+        total = sum(length for _, length in sg.inputs)
+        kind = map_error(core, 0, total, sg.direction, sg.attrs)
+        return type(kind)(str(kind).replace(f"map of {total:#x} bytes at phys 0x0", what), errno)
+    return UnsupportedError(
+        f"{what}: an entry cannot be mapped: {map_error(core, 0, 0, sg.direction, sg.attrs)}", errno
+    )

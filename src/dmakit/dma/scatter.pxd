@@ -1,0 +1,33 @@
+from dmakit.dma.streaming cimport Streaming
+
+cdef class SgMapping:
+    cdef readonly Py_ssize_t capacity
+    cdef public Py_ssize_t entries
+    cdef readonly Py_ssize_t count
+    cdef public int direction
+    cdef public int attrs
+    cdef readonly bint each
+    cdef public bint live
+    cdef readonly unsigned long long[::1] phys
+    cdef readonly unsigned long long[::1] length
+    cdef readonly unsigned char[::1] kind
+    cdef readonly unsigned long long[::1] bus
+    cdef readonly unsigned long long[::1] span
+    cdef readonly unsigned long long[::1] addr
+    cdef readonly unsigned long long[::1] out_length
+    cdef readonly unsigned char[::1] out_bus
+    cdef unsigned long long _layout(self, unsigned long long granule_mask, unsigned long long boundary) noexcept nogil
+    cdef Py_ssize_t _finalise(
+        self, unsigned long long iova, unsigned long long granule_mask, unsigned long long boundary,
+        unsigned long long max_segment, bint length_of_head) noexcept nogil
+
+cdef class Scatter(Streaming):
+    cdef Py_ssize_t _map_sg(self, SgMapping sg, int cpu) except? -1
+    cdef int _unmap_sg(self, SgMapping sg, int cpu) except? -1
+    cdef int _sync_sg(self, SgMapping sg, bint for_cpu) except? -1
+    cdef bint _sg_needs_bounce(self, SgMapping sg) noexcept
+    cdef Py_ssize_t _map_each(self, SgMapping sg, int cpu) except? -1
+    cdef int _unmap_each(self, SgMapping sg, Py_ssize_t count, int attrs, int cpu) except? -1
+    cdef Py_ssize_t _map_merged(self, SgMapping sg, int cpu) except? -1
+    cdef int _map_runs(self, SgMapping sg, unsigned long long iova, int prot) except? -1
+    cdef int _unmap_merged(self, SgMapping sg, int cpu) except? -1
