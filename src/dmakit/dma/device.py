@@ -284,18 +284,18 @@ class Device(Scatter):
         done = 0
         error = 0
         for phys, length in ranges:
-            error = self.domain._map(iova + done, phys, length, self._prot(direction, attrs))
+            error = self.domain._map(iova + done, phys, length, self._prot(direction, attrs), cpu)
             if error != 0:
                 break
             done += length
         if error == 0:
-            error = self.domain._sync_map(iova, size)
+            error = self.domain._sync_map(iova, size, cpu)
         if error == 0:
             return int(iova)
         if done:
             self.gather._init()
             self.domain._unmap(iova, done, self.gather)
-            self.domain._flush(self.gather)
+            self.domain._flush(self.gather, cpu)
         self._free_iova(iova, size, False, cpu)
         return 0
 

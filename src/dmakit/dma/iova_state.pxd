@@ -15,14 +15,15 @@ cdef class IovaState:
         self, unsigned long long phys, unsigned long long offset, unsigned long long size, int direction, int attrs,
         int cpu) except? -1
     cdef int _link_in_place(
-        self, unsigned long long iova, unsigned long long phys, unsigned long long size, int direction, int attrs) except? -1
+        self, unsigned long long iova, unsigned long long phys, unsigned long long size, int direction, int attrs,
+        int cpu) except? -1
     cdef int _link_bounced(
         self, unsigned long long phys, unsigned long long offset, unsigned long long size, int direction, int attrs,
         int cpu) except? -1
     cdef int _bounce_and_link(
         self, unsigned long long iova, unsigned long long phys, unsigned long long size, unsigned long long pad,
         int direction, int attrs, int cpu) except? -1
-    cdef int _sync(self, unsigned long long offset, unsigned long long size) except? -1
+    cdef int _sync(self, unsigned long long offset, unsigned long long size, int cpu) except? -1
     cdef int _unlink(
         self, unsigned long long offset, unsigned long long size, int direction, int attrs, int cpu) except? -1
     cdef int _remove(

@@ -148,7 +148,7 @@ class IovaState:
             if attrs & (ATTR_MMIO | ATTR_REQUIRE_COHERENT):
                 return -EPERM
             return self._link_bounced(phys, offset, size, direction, attrs, cpu)
-        return self._link_in_place(self.addr + offset - pad, phys - pad, core._aligned(size + pad), direction, attrs)
+        return self._link_in_place(self.addr + offset - pad, phys - pad, core._aligned(size + pad), direction, attrs, cpu)
 
     def _link_in_place(
         self,
@@ -157,12 +157,13 @@ class IovaState:
         size: cython.ulonglong,
         direction: cython.int,
         attrs: cython.int,
+        cpu: cython.int,
     ) -> cython.int:
         """Entries for whole granules, with the cache cleaned for a device that does not snoop (__dma_iova_link)."""
         core: MapCore = self.core
         if core._needs_cache_care(attrs):
             core._for_device(phys, size, direction)
-        return core.domain._map(iova, phys, size, core._prot(direction, attrs))
+        return core.domain._map(iova, phys, size, core._prot(direction, attrs), cpu)
 
     def _link_bounced(
         self,
@@ -191,7 +192,7 @@ class IovaState:
         middle = size - done - tail
         error = 0
         if middle != 0 or core.defects & _ZERO_MIDDLE:
-            error = self._link_in_place(self.addr + offset + done, phys + done, middle, direction, attrs)
+            error = self._link_in_place(self.addr + offset + done, phys + done, middle, direction, attrs, cpu)
             if error == 0:
                 done += middle
         if error == 0 and tail != 0:
@@ -221,18 +222,18 @@ class IovaState:
         tlb = core._bounce_in(phys, size, core.granule_mask, direction, attrs, cpu)
         if tlb == 0:
             return core.error
-        error = self._link_in_place(iova - pad, tlb - pad, core._aligned(size + pad), direction, attrs)
+        error = self._link_in_place(iova - pad, tlb - pad, core._aligned(size + pad), direction, attrs, cpu)
         if error != 0:
             core._bounce_out(tlb, size, direction, attrs)
         return error
 
-    def _sync(self, offset: cython.ulonglong, size: cython.ulonglong) -> cython.int:
+    def _sync(self, offset: cython.ulonglong, size: cython.ulonglong, cpu: cython.int) -> cython.int:
         """Make the entries of [offset, offset+size) known to the hardware; 0 or −errno."""
         core: MapCore = self.core
         iova: cython.ulonglong = self.addr + offset
         pad: cython.ulonglong = iova & core.granule_mask
         core.ledger.counts[L_SYNC_CALLS] += 1
-        return core.domain._sync_map(iova - pad, core._aligned(size + pad))
+        return core.domain._sync_map(iova - pad, core._aligned(size + pad), cpu)
 
     def _unlink(
         self,
@@ -277,7 +278,7 @@ class IovaState:
         if core.domain._unmap(addr - pad, length, core.gather) != length and core.events is not None:
             core.events.append(("warn", "__iommu_dma_iova_unlink: unmapped size differs"))
         if not queued:
-            core.domain._flush(core.gather)
+            core.domain._flush(core.gather, cpu)
         if slow:
             core._release_remembered(direction, attrs)
         if free_iova:
@@ -369,11 +370,11 @@ class IovaState:
         if checker is not None:
             checker.after_link(self, phys, offset, size, direction, attrs)
 
-    def sync(self, offset: int = 0, size: int | None = None) -> None:
+    def sync(self, offset: int = 0, size: int | None = None, *, cpu: int | None = None) -> None:
         """Make everything linked in [offset, offset+size) known to the hardware (``dma_iova_sync``); default: all."""
         size = self.size - offset if size is None else size
         self._check_range("sync", offset, size)
-        error = self._sync(offset, size)
+        error = self._sync(offset, size, self.cpu if cpu is None else cpu)
         if error != 0:
             raise link_error(self.core, error, 0, offset, size, 0, 0)
         if self.core.checker is not None:

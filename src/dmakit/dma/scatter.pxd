@@ -29,5 +29,5 @@ cdef class Scatter(Streaming):
     cdef Py_ssize_t _map_each(self, SgMapping sg, int cpu) except? -1
     cdef int _unmap_each(self, SgMapping sg, Py_ssize_t count, int attrs, int cpu) except? -1
     cdef Py_ssize_t _map_merged(self, SgMapping sg, int cpu) except? -1
-    cdef int _map_runs(self, SgMapping sg, unsigned long long iova, int prot) except? -1
+    cdef int _map_runs(self, SgMapping sg, unsigned long long iova, int prot, int cpu) except? -1
     cdef int _unmap_merged(self, SgMapping sg, int cpu) except? -1

@@ -289,7 +289,7 @@ class Scatter(Streaming):
             if iova == 0:
                 self._fail(-ENOMEM, _IOVA_EXHAUSTED)
                 return -ENOMEM
-            error = self._map_runs(sg, iova, self._prot(sg.direction, sg.attrs))
+            error = self._map_runs(sg, iova, self._prot(sg.direction, sg.attrs), cpu)
             self.ledger.counts[L_PASSES] += 1
             if error != 0:
                 self._free_iova(iova, total, False, cpu)
@@ -301,7 +301,9 @@ class Scatter(Streaming):
         self.why = _SG_MERGED if sg.count < sg.entries else _SG_NOT_MERGED
         return sg.count
 
-    def _map_runs(self, sg: SgMapping, iova: cython.ulonglong, prot: cython.int) -> cython.int:
+    def _map_runs(
+        self, sg: SgMapping, iova: cython.ulonglong, prot: cython.int, cpu: cython.int
+    ) -> cython.int:
         """Map physically contiguous runs of padded entries at ``iova``; all or nothing (iommu_map_sg)."""
         start: cython.ulonglong = 0
         run: cython.ulonglong = 0
@@ -318,7 +320,7 @@ class Scatter(Streaming):
                     run += sg.span[i]
                     continue
             if run != 0:
-                error = self.domain._map(iova + mapped, start, run, prot)
+                error = self.domain._map(iova + mapped, start, run, prot, cpu)
                 if error != 0:
                     break
                 mapped += run
@@ -326,11 +328,11 @@ class Scatter(Streaming):
                 start = at
                 run = sg.span[i]
         if error == 0:
-            error = self.domain._sync_map(iova, mapped)
+            error = self.domain._sync_map(iova, mapped, cpu)
         if error != 0 and mapped != 0:
             self.gather._init()
             self.domain._unmap(iova, mapped, self.gather)
-            self.domain._flush(self.gather)
+            self.domain._flush(self.gather, cpu)
         return error
 
     def _unmap_merged(self, sg: SgMapping, cpu: cython.int) -> cython.int:

@@ -164,13 +164,13 @@ class Streaming(MapCore):
         iova = self._alloc_iova(length, self.mask, cpu)
         if iova == 0:
             return self._fail(-ENOMEM, _IOVA_EXHAUSTED)
-        error = self.domain._map(iova, phys - pad, length, prot)
+        error = self.domain._map(iova, phys - pad, length, prot, cpu)
         if error == 0:
-            error = self.domain._sync_map(iova, length)
+            error = self.domain._sync_map(iova, length, cpu)
             if error != 0:
                 self.gather._init()
                 self.domain._unmap(iova, length, self.gather)
-                self.domain._flush(self.gather)
+                self.domain._flush(self.gather, cpu)
         if error != 0:
             self._free_iova(iova, length, False, cpu)
             return self._fail(error, _TABLE_MEMORY_EXHAUSTED if error == -ENOMEM else _NONE)
@@ -186,7 +186,7 @@ class Streaming(MapCore):
         if self.domain._unmap(addr - pad, length, self.gather) != length and self.events is not None:
             self.events.append(("warn", "__iommu_dma_unmap: unmapped size differs"))
         if not queued:
-            self.domain._flush(self.gather)
+            self.domain._flush(self.gather, cpu)
         return self._free_iova(addr - pad, length, queued, cpu)
 
     def _iommu_unmap_phys(
