@@ -5,10 +5,13 @@ from dmakit.iova.domain cimport IovaDomain
 from dmakit.iova.flush_queue cimport FlushQueue
 from dmakit.ledger cimport Ledger
 from dmakit.memory.physical cimport PhysicalMemory
+from dmakit.p2p.state cimport P2pState
 from dmakit.swiotlb.bounce cimport Swiotlb
 
 cdef unsigned long long MASK_32BIT
 cdef unsigned long long LARGE_LEAF
+cdef int _SLOTS_EXHAUSTED
+cdef int _KMALLOC_MINALIGN
 
 cdef class MapCore:
     cdef readonly str name
@@ -17,6 +20,7 @@ cdef class MapCore:
     cdef readonly IovaDomain iovad
     cdef readonly FlushQueue flush_queue
     cdef readonly Swiotlb swiotlb
+    cdef readonly P2pState p2p
     cdef readonly object cache
     cdef readonly Ledger ledger
     cdef readonly FailPoint fail

@@ -46,6 +46,7 @@ if cython.compiled:
         PROT_READ,
         PROT_WRITE,
     )
+    from cython.cimports.dmakit.swiotlb.pool import SwiotlbPool
 else:
     from dmakit.consts import (
         ATTR_MMIO,
@@ -65,6 +66,7 @@ else:
         PROT_READ,
         PROT_WRITE,
     )
+    from dmakit.swiotlb.pool import SwiotlbPool
 
 MASK_32BIT = (1 << 32) - 1
 LARGE_LEAF = 1 << 21
@@ -98,6 +100,7 @@ class MapCore:
         self.iovad = options["iovad"]
         self.flush_queue = options["flush_queue"]
         self.swiotlb = options["swiotlb"]
+        self.p2p = options["p2p"]
         self.cache = options["cache"]
         self.ledger = options["ledger"]
         self.fail = options["fail"]
@@ -125,7 +128,7 @@ class MapCore:
         self.defects = options["defects"]
         self.why = 0
         self.error = 0
-        self.scratch = memoryview(array("Q", bytes(16 * 64)))
+        self.scratch: memoryview[int] = memoryview(array("Q", bytes(16 * 64)))
         self.scratch_used = 0
 
     def _fail(self, error: cython.int, why: cython.int) -> cython.ulonglong:
@@ -250,7 +253,7 @@ class MapCore:
 
     def _origin(self, tlb: cython.ulonglong) -> cython.ulonglong:
         """The buffer address behind bounce address ``tlb``."""
-        pool = self.swiotlb._pool_of(tlb)
+        pool: SwiotlbPool = self.swiotlb._pool_of(tlb)
         return pool.origin[(tlb - pool.start) >> IO_TLB_SHIFT] + (tlb & (IO_TLB_SIZE - 1))
 
     def _bounce_sync(self, tlb: cython.ulonglong, size: cython.ulonglong, to_device: cython.bint) -> cython.int:
@@ -314,4 +317,5 @@ class MapCore:
 
     def _cuts_leaf(self, start: cython.ulonglong, end: cython.ulonglong) -> cython.bint:
         """Whether a large leaf straddles ``start`` or ``end`` (granule-aligned): then it cannot be removed in part."""
-        return self.domain._leaf_across(start) or self.domain._leaf_across(end)
+        cut: cython.bint = self.domain._leaf_across(start) or self.domain._leaf_across(end)
+        return cut

@@ -45,6 +45,7 @@ _DEFAULTS: dict[str, Any] = {
     "flush_queue": None,
     "swiotlb": None,
     "cache": None,
+    "p2p": None,
     "gather": None,
     "mask": U64,
     "coherent_mask": None,
@@ -81,8 +82,8 @@ class Device(Scatter):
     """One device and its mappings; a context manager that checks for leaks at its end.
 
     Options (keywords): ``memory``, ``port`` (how the device reaches memory), ``ledger``, ``clock``; behind an IOMMU
-    ``domain``, ``iovad``, ``gather`` and, when lazy, ``flush_queue``; ``swiotlb`` (bounce pool), ``cache`` (CPU cache
-    model of a non-coherent machine), ``pages`` (for coherent memory); ``mask`` and ``coherent_mask`` (2**n - 1),
+    ``domain``, ``iovad``, ``gather`` and, when lazy, ``flush_queue``; ``swiotlb`` (bounce pool), ``p2p`` (peer-to-peer
+    decisions), ``cache`` (CPU cache model of a non-coherent machine), ``pages`` (for coherent memory); ``mask`` and ``coherent_mask`` (2**n - 1),
     ``bus_dma_limit`` (0 = none), ``coherent``, ``trusted``, ``identity``, ``min_align_mask``, ``max_segment`` and
     ``boundary`` (of scatterlists), ``pci`` (32-bit addresses first), ``forcedac`` (not), ``force_bounce``, ``checker``,
     ``debug`` (keep every unmap necessary), ``defects`` (names or kernel versions), ``unchecked`` (a caller that breaks the
@@ -145,9 +146,11 @@ class Device(Scatter):
         direction, attrs = checked_direction(direction), checked_attrs(attrs)
         if direction == DMA_NONE:
             raise MisuseError("map_phys: Direction.NONE cannot be mapped")
+        if self.checker is not None:
+            self.checker.mapping(self, phys, size, direction, attrs)
         addr = self._map_phys(phys, size, direction, attrs, cpu)
         if addr == 0:
-            raise map_error(self, phys, size, direction, attrs)
+            raise map_error(self, phys, size, attrs)
         if self.checker is not None:
             self.checker.mapped(self, addr, phys, size, direction, attrs)
         return int(addr)
@@ -200,18 +203,17 @@ class Device(Scatter):
 
     # Scatterlists ------------------------------------------------------------------------------------------
 
-    def map_sg(self, segments: Sequence[tuple[int, ...]], direction: int, attrs: int = 0, *, cpu: int = 0) -> SgMapping:
+    def map_sg(self, segments: Sequence[tuple[int, int]], direction: int, attrs: int = 0, *, cpu: int = 0) -> SgMapping:
         """Map a list of (phys, length) at once (``dma_map_sg``); ``.segments`` of the answer is what the device gets.
 
-        A peer-to-peer entry is (phys, length, kind) or (phys, length, KIND_BUS, bus address): see ``dma.scatter``.
+        An entry may be a peer's device memory when the device has a ``p2p`` state; UnsupportedError (EREMOTEIO) when
+        the two cannot talk.
         """
         sg = SgMapping(len(segments))
         sg.direction, sg.attrs = checked_direction(direction), checked_attrs(attrs)
         for i, segment in enumerate(segments):
             _checked_range("map_sg", segment[0], segment[1])
             sg.phys[i], sg.length[i] = segment[0], segment[1]
-            sg.kind[i] = segment[2] if len(segment) > 2 else 0
-            sg.bus[i] = segment[3] if len(segment) > 3 else 0
         sg.entries = len(segments)
         count = self._map_sg(sg, cpu)
         if count <= 0:
@@ -230,11 +232,18 @@ class Device(Scatter):
 
     def sync_sg_for_cpu(self, sg: SgMapping) -> None:
         """Let the CPU read what the device wrote to a live list."""
-        self._sync_sg(sg, True)
+        self._checked_sync_sg(sg, True)
 
     def sync_sg_for_device(self, sg: SgMapping) -> None:
         """Let the device see what the CPU wrote."""
-        self._sync_sg(sg, False)
+        self._checked_sync_sg(sg, False)
+
+    def _checked_sync_sg(self, sg: SgMapping, for_cpu: bool) -> None:
+        if not sg.live:
+            raise MisuseError("sync_sg: this list is not mapped", rule="not-mapped")
+        if self.checker is not None:
+            self.checker.syncing_sg(self, sg, for_cpu)
+        self._sync_sg(sg, for_cpu)
 
     # Two steps ---------------------------------------------------------------------------------------------
 
@@ -346,11 +355,15 @@ class Device(Scatter):
     def dma_read(self, addr: int, size: int) -> bytes:
         """The device reads ``size`` bytes from bus address ``addr``; FaultError where the IOMMU blocks it."""
         data: bytes = self.port.read(addr, size)
+        if self.checker is not None:
+            self.checker.accessed(self, addr, size, False)
         return data
 
     def dma_write(self, addr: int, data: bytes | bytearray | memoryview) -> None:
         """The device writes ``data``."""
         self.port.write(addr, data)
+        if self.checker is not None:
+            self.checker.accessed(self, addr, len(data), True)
 
     # End ---------------------------------------------------------------------------------------------------
 

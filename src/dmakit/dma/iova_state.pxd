@@ -1,6 +1,16 @@
 from dmakit.dma.core cimport MapCore
 
 cdef unsigned long long USE_SWIOTLB
+cdef unsigned long long _SIZE_BITS
+cdef int _NO_IOMMU
+cdef int _IDENTITY_DOMAIN
+cdef int _IOVA_EXHAUSTED
+cdef int _NONE
+cdef int _PARTIAL_DESTROY
+cdef int _ZERO_MIDDLE
+cdef int _UNWIND_FROM_ZERO
+cdef int _SLOTS_FREED_BEFORE_UNMAP
+cdef int _UNLINK_CUTS_LEAF
 
 cdef class IovaState:
     cdef readonly MapCore core

@@ -148,7 +148,9 @@ class IovaState:
             if attrs & (ATTR_MMIO | ATTR_REQUIRE_COHERENT):
                 return -EPERM
             return self._link_bounced(phys, offset, size, direction, attrs, cpu)
-        return self._link_in_place(self.addr + offset - pad, phys - pad, core._aligned(size + pad), direction, attrs, cpu)
+        return self._link_in_place(
+            self.addr + offset - pad, phys - pad, core._aligned(size + pad), direction, attrs, cpu
+        )
 
     def _link_in_place(
         self,
@@ -163,7 +165,8 @@ class IovaState:
         core: MapCore = self.core
         if core._needs_cache_care(attrs):
             core._for_device(phys, size, direction)
-        return core.domain._map(iova, phys, size, core._prot(direction, attrs), cpu)
+        error: cython.int = core.domain._map(iova, phys, size, core._prot(direction, attrs), cpu)
+        return error
 
     def _link_bounced(
         self,
@@ -233,7 +236,8 @@ class IovaState:
         iova: cython.ulonglong = self.addr + offset
         pad: cython.ulonglong = iova & core.granule_mask
         core.ledger.counts[L_SYNC_CALLS] += 1
-        return core.domain._sync_map(iova - pad, core._aligned(size + pad), cpu)
+        error: cython.int = core.domain._sync_map(iova - pad, core._aligned(size + pad), cpu)
+        return error
 
     def _unlink(
         self,
@@ -364,6 +368,8 @@ class IovaState:
             checker.before_link(self, phys, offset, size, direction, attrs)
         error = self._link(phys, offset, size, direction, attrs, self.cpu if cpu is None else cpu)
         if error != 0:
+            if checker is not None:
+                checker.link_failed(self, phys, offset, size, direction, attrs, -error)
             raise link_error(self.core, error, phys, offset, size, direction, attrs)
         if self.pieces is not None:
             self.pieces.append((offset, size, direction, attrs))
@@ -393,6 +399,8 @@ class IovaState:
             "unlink", self._unlink(offset, size, direction, attrs, self.cpu if cpu is None else cpu), offset, size
         )
         self._forget(offset, size)
+        if self.core.checker is not None:
+            self.core.checker.after_unlink(self, offset, size)
 
     def destroy(self, mapped_len: int, direction: int, attrs: int = 0, *, cpu: int | None = None) -> None:
         """Unlink the ``mapped_len`` bytes linked from offset 0 and free the window (``dma_iova_destroy``)."""
@@ -409,6 +417,8 @@ class IovaState:
             "destroy", self._destroy(mapped_len, direction, attrs, self.cpu if cpu is None else cpu), 0, mapped_len
         )
         self._close()
+        if self.core.checker is not None:
+            self.core.checker.after_destroy(self)
 
     def free(self, *, cpu: int | None = None) -> None:
         """Free a window in which nothing is linked (``dma_iova_free``)."""
@@ -417,6 +427,8 @@ class IovaState:
             self.core.checker.before_free(self)
         self._free(self.cpu if cpu is None else cpu)
         self._close()
+        if self.core.checker is not None:
+            self.core.checker.after_free(self)
 
     def _raise_cut(self, call: str, error: int, offset: int, size: int) -> None:
         if error != 0:

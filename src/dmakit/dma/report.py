@@ -44,33 +44,33 @@ def link_error(core: Any, error: int, phys: int, offset: int, size: int, directi
     return MisuseError(f"{what}: the IOMMU cannot map this range (−{errno})", errno)
 
 
-def map_error(core: Any, phys: int, size: int, direction: int, attrs: int) -> DmakitError:
-    """The exception for a failed ``map_phys`` (the kernel's DMA_MAPPING_ERROR, which reads as −ENOMEM)."""
-    what = f"map of {size:#x} bytes at phys {phys:#x}"
+def _cause(core: Any, attrs: int) -> tuple[type[DmakitError], str, int]:
+    """Whose fault the last failed mapping was, in words, and the errno to report."""
     errno = -core.error
     if core.why == Reason.IOVA_EXHAUSTED:
-        return ExhaustedError(f"{what}: no free IOVA range at or below {core.mask:#x}", consts.ENOMEM)
+        return ExhaustedError, f"no free IOVA range at or below {core.mask:#x}", consts.ENOMEM
     if core.why == Reason.SLOTS_EXHAUSTED:
         if core.swiotlb is None:
-            return UnsupportedError(f"{what}: must be bounced, but there is no swiotlb pool", consts.ENOMEM)
-        return ExhaustedError(f"{what}: no run of free bounce slots", consts.ENOMEM)
+            return UnsupportedError, "must be bounced, but there is no swiotlb pool", consts.ENOMEM
+        return ExhaustedError, "no run of free bounce slots (at most 256 KiB at once)", consts.ENOMEM
     if core.why == Reason.TABLE_MEMORY_EXHAUSTED:
-        return ExhaustedError(f"{what}: no memory for an IOMMU table page", consts.ENOMEM)
+        return ExhaustedError, "no memory for an IOMMU table page", consts.ENOMEM
     if errno == consts.EPERM:
-        return UnsupportedError(f"{what}: must be bounced, which {Attrs(attrs)!r} forbids", errno)
+        return UnsupportedError, f"must be bounced, which {Attrs(attrs)!r} forbids", errno
     if errno == consts.EOPNOTSUPP:
-        return UnsupportedError(f"{what}: {Attrs.REQUIRE_COHERENT!r} but the device does not snoop CPU caches", errno)
+        return UnsupportedError, f"{Attrs.REQUIRE_COHERENT!r} but the device does not snoop CPU caches", errno
     if errno == consts.EIO:
-        return UnsupportedError(
-            f"{what}: the device reaches only up to {core.mask:#x} and nothing may be bounced; "
-            "a wider mask, an IOMMU or a swiotlb pool would help",
-            consts.ENOMEM,
-        )
+        text = f"the device reaches only up to {core.mask:#x} and nothing can be bounced: it needs a wider mask"
+        return UnsupportedError, text, consts.ENOMEM
     if core.translating and core.min_align_mask > core.granule_mask:
-        return MisuseError(f"{what}: min_align_mask={core.min_align_mask:#x} exceeds the granule", errno)
-    if direction == Direction.NONE:
-        return MisuseError(f"{what}: {Direction.NONE!r} cannot be mapped", consts.EINVAL)
-    return MisuseError(f"{what}: the IOMMU cannot map this range (−{errno})", errno)
+        return MisuseError, f"min_align_mask={core.min_align_mask:#x} exceeds the granule", errno
+    return MisuseError, f"the IOMMU cannot map this range (errno {errno})", errno
+
+
+def map_error(core: Any, phys: int, size: int, attrs: int) -> DmakitError:
+    """The exception for a failed ``map_phys`` (the kernel's DMA_MAPPING_ERROR, which reads as −ENOMEM)."""
+    kind, text, errno = _cause(core, attrs)
+    return kind(f"map of {size:#x} bytes at phys {phys:#x}: {text}", errno)
 
 
 def sg_error(core: Any, count: int, sg: Any) -> DmakitError:
@@ -79,12 +79,7 @@ def sg_error(core: Any, count: int, sg: Any) -> DmakitError:
     what = f"map_sg of {sg.entries} entries"
     if errno == consts.EREMOTEIO:
         return UnsupportedError(f"{what}: a peer's memory that this device cannot reach", errno)
-    if errno == consts.EINVAL and (sg.entries == 0 or sg.direction == Direction.NONE):
+    if sg.entries == 0 or sg.direction == Direction.NONE:
         return MisuseError(f"{what}, {Direction(sg.direction)!r}: needs at least one entry and a direction", errno)
-    if errno == consts.ENOMEM or (errno == consts.EIO and core.error == -consts.ENOMEM):
-        total = sum(length for _, length in sg.inputs)
-        kind = map_error(core, 0, total, sg.direction, sg.attrs)
-        return type(kind)(str(kind).replace(f"map of {total:#x} bytes at phys 0x0", what), errno)
-    return UnsupportedError(
-        f"{what}: an entry cannot be mapped: {map_error(core, 0, 0, sg.direction, sg.attrs)}", errno
-    )
+    kind, text, _ = _cause(core, sg.attrs)
+    return kind(f"{what}: {text}", errno)

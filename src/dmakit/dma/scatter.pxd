@@ -1,5 +1,14 @@
 from dmakit.dma.streaming cimport Streaming
 
+cdef int _IOVA_EXHAUSTED
+cdef int _P2P_NOT_SUPPORTED
+cdef int _SG_MERGED
+cdef int _SG_NOT_MERGED
+cdef int _SG_BUS_LENGTH_OF_HEAD
+cdef int _DIRECT_SG_HOST_BRIDGE
+cdef unsigned long long _ALL_ONES
+cdef unsigned long long _UINT_MASK
+
 cdef class SgMapping:
     cdef readonly Py_ssize_t capacity
     cdef public Py_ssize_t entries
@@ -25,6 +34,7 @@ cdef class Scatter(Streaming):
     cdef Py_ssize_t _map_sg(self, SgMapping sg, int cpu) except? -1
     cdef int _unmap_sg(self, SgMapping sg, int cpu) except? -1
     cdef int _sync_sg(self, SgMapping sg, bint for_cpu) except? -1
+    cdef int _classify(self, SgMapping sg) except -1
     cdef bint _sg_needs_bounce(self, SgMapping sg) noexcept
     cdef Py_ssize_t _map_each(self, SgMapping sg, int cpu) except? -1
     cdef int _unmap_each(self, SgMapping sg, Py_ssize_t count, int attrs, int cpu) except? -1

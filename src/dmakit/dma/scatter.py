@@ -7,8 +7,8 @@ Afterwards neighbours are merged into one output segment iff the new piece start
 ended on a granule, the address is not on a segment boundary and the result fits the device's maximum segment size.
 
 Not merged, each entry by itself: no IOMMU, an untrusted device, or a device that does not snoop with a length that
-shares cache lines. Peer-to-peer entries with a bus address (``KIND_BUS``) take no part in the IOVA range and keep
-an output segment of their own.
+shares cache lines. A peer's memory (``p2p``) that is reached by its bus address takes no part in the IOVA
+range and keeps an output segment of its own; through a host bridge it is mapped like memory.
 
 ``SgMapping`` holds the list as flat arrays: entries in (``phys``, ``length``, ``kind``, ``bus``), segments out
 (``addr``, ``out_length``, ``out_bus``), and what unmap needs.
@@ -36,6 +36,9 @@ if cython.compiled:
         EREMOTEIO,
         L_PASSES,
         L_SG_CALLS,
+        P2P_MAP_BUS_ADDR,
+        P2P_MAP_NOT_SUPPORTED,
+        P2P_MAP_THRU_HOST_BRIDGE,
     )
     from cython.cimports.dmakit.dma.streaming import Streaming
 else:
@@ -49,13 +52,11 @@ else:
         EREMOTEIO,
         L_PASSES,
         L_SG_CALLS,
+        P2P_MAP_BUS_ADDR,
+        P2P_MAP_NOT_SUPPORTED,
+        P2P_MAP_THRU_HOST_BRIDGE,
     )
     from dmakit.dma.streaming import Streaming
-
-KIND_RAM = 0
-KIND_BUS = 1
-KIND_HOST_BRIDGE = 2
-KIND_UNSUPPORTED = 3
 
 _IOVA_EXHAUSTED = int(Reason.IOVA_EXHAUSTED)
 _P2P_NOT_SUPPORTED = int(Reason.P2P_NOT_SUPPORTED)
@@ -108,7 +109,7 @@ class SgMapping:
         i: cython.Py_ssize_t = 0
         for i in range(self.entries):
             self.span[i] = 0
-            if self.kind[i] == KIND_BUS:
+            if self.kind[i] == P2P_MAP_BUS_ADDR:
                 continue
             padded = (self.length[i] + (self.phys[i] & granule_mask) + granule_mask) & ~granule_mask
             pad = (boundary - total + 1) & boundary
@@ -136,7 +137,7 @@ class SgMapping:
         i: cython.Py_ssize_t = 0
         for i in range(self.entries):
             size = self.length[i]
-            if self.kind[i] == KIND_BUS:
+            if self.kind[i] == P2P_MAP_BUS_ADDR:
                 out += 1
                 self.addr[out] = self.bus[i]
                 self.out_length[out] = self.length[0] if length_of_head else size
@@ -175,6 +176,7 @@ class Scatter(Streaming):
         sg.count = 0
         if sg.direction >= DMA_NONE or sg.entries == 0:
             return -EINVAL
+        self._classify(sg)
         if not self.translating or self._sg_needs_bounce(sg):
             count = self._map_each(sg, cpu)
         else:
@@ -200,12 +202,26 @@ class Scatter(Streaming):
         if self.coherent:
             return 0
         for i in range(sg.entries):
-            if sg.kind[i] != KIND_RAM:
+            if sg.kind[i] == P2P_MAP_BUS_ADDR or sg.kind[i] == P2P_MAP_THRU_HOST_BRIDGE:
                 continue
             if for_cpu:
                 self._for_cpu(sg.phys[i], sg.length[i], sg.direction)
             else:
                 self._for_device(sg.phys[i], sg.length[i], sg.direction)
+        return 0
+
+    def _classify(self, sg: SgMapping) -> cython.int:
+        """Say of every entry whether it is a peer's memory and how it is reached (once for a run of one provider)."""
+        i: cython.Py_ssize_t = 0
+        for i in range(sg.entries):
+            sg.kind[i] = 0
+        if self.p2p is None:
+            return 0
+        self.p2p.reset()
+        for i in range(sg.entries):
+            sg.kind[i] = self.p2p._map_type(sg.phys[i])
+            if sg.kind[i] == P2P_MAP_BUS_ADDR:
+                sg.bus[i] = sg.phys[i] + self.p2p.bus_offset
         return 0
 
     def _sg_needs_bounce(self, sg: SgMapping) -> cython.bint:
@@ -233,15 +249,15 @@ class Scatter(Streaming):
             sg.out_bus[i] = 0
             sg.out_length[i] = sg.length[i]
             addr = 0
-            if sg.kind[i] == KIND_BUS:
+            if sg.kind[i] == P2P_MAP_BUS_ADDR:
                 addr = sg.bus[i]
                 sg.out_bus[i] = 1
-            elif sg.kind[i] == KIND_UNSUPPORTED:
+            elif sg.kind[i] == P2P_MAP_NOT_SUPPORTED:
                 self._fail(-EREMOTEIO, _P2P_NOT_SUPPORTED)
-            elif sg.kind[i] == KIND_HOST_BRIDGE and not self.translating and self.defects & _DIRECT_SG_HOST_BRIDGE:
+            elif sg.kind[i] == P2P_MAP_THRU_HOST_BRIDGE and not self.translating and self.defects & _DIRECT_SG_HOST_BRIDGE:
                 addr = _ALL_ONES
             else:
-                if sg.kind[i] == KIND_HOST_BRIDGE:
+                if sg.kind[i] == P2P_MAP_THRU_HOST_BRIDGE:
                     attrs |= ATTR_MMIO
                 if self.translating:
                     addr = self._iommu_map_phys(sg.phys[i], sg.length[i], sg.direction, attrs, cpu)
@@ -261,7 +277,7 @@ class Scatter(Streaming):
         for i in range(count):
             if sg.out_bus[i] or sg.addr[i] == _ALL_ONES:
                 continue
-            own = attrs | ATTR_MMIO if sg.kind[i] == KIND_HOST_BRIDGE else attrs
+            own = attrs | ATTR_MMIO if sg.kind[i] == P2P_MAP_THRU_HOST_BRIDGE else attrs
             if self.translating:
                 self._iommu_unmap_phys(sg.addr[i], sg.out_length[i], sg.direction, own, cpu)
             else:
@@ -277,7 +293,7 @@ class Scatter(Streaming):
         i: cython.Py_ssize_t = 0
         sg.each = False
         for i in range(sg.entries):
-            if sg.kind[i] == KIND_UNSUPPORTED:
+            if sg.kind[i] == P2P_MAP_NOT_SUPPORTED:
                 self._fail(-EREMOTEIO, _P2P_NOT_SUPPORTED)
                 return -EREMOTEIO
         if self._needs_cache_care(sg.attrs):
@@ -301,9 +317,7 @@ class Scatter(Streaming):
         self.why = _SG_MERGED if sg.count < sg.entries else _SG_NOT_MERGED
         return sg.count
 
-    def _map_runs(
-        self, sg: SgMapping, iova: cython.ulonglong, prot: cython.int, cpu: cython.int
-    ) -> cython.int:
+    def _map_runs(self, sg: SgMapping, iova: cython.ulonglong, prot: cython.int, cpu: cython.int) -> cython.int:
         """Map physically contiguous runs of padded entries at ``iova``; all or nothing (iommu_map_sg)."""
         start: cython.ulonglong = 0
         run: cython.ulonglong = 0
@@ -313,7 +327,7 @@ class Scatter(Streaming):
         i: cython.Py_ssize_t = 0
         for i in range(sg.entries + 1):
             if i < sg.entries:
-                if sg.kind[i] == KIND_BUS:
+                if sg.kind[i] == P2P_MAP_BUS_ADDR:
                     continue
                 at = sg.phys[i] & ~self.granule_mask
                 if run != 0 and at == start + run:

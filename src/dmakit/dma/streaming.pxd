@@ -1,5 +1,16 @@
 from dmakit.dma.core cimport MapCore
 
+cdef int _NO_IOMMU
+cdef int _IDENTITY_DOMAIN
+cdef int _IOVA_EXHAUSTED
+cdef int _TABLE_MEMORY_EXHAUSTED
+cdef int _UNTRUSTED_BOUNCE
+cdef int _KMALLOC_BOUNCE
+cdef int _MASK_BOUNCE
+cdef int _FORCED_BOUNCE
+cdef int _NON_COHERENT
+cdef int _NONE
+
 cdef class Streaming(MapCore):
     cdef unsigned long long _map_phys(
         self, unsigned long long phys, unsigned long long size, int direction, int attrs, int cpu) except? 0

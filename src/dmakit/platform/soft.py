@@ -20,6 +20,7 @@ Models what firmware and ``drivers/iommu/dma-iommu.c`` (iommu_dma_init_domain, i
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -266,7 +267,7 @@ class Machine:
             fail=self.fail,
             clock=self.clock,
         )
-        for lo, hi in (*self.reserved, (self.bar_base >> PAGE_SHIFT, (self.memory.span - 1) >> PAGE_SHIFT)):
+        for lo, hi in self._reservations():
             iovad.reserve(lo, hi)
         queue = None
         if self.mode == "lazy" and options.get("trusted", True) and not self.caching_mode:
@@ -282,11 +283,13 @@ class Machine:
         )
         return {"domain": domain, "iovad": iovad, "flush_queue": queue, "gather": Gather(), "port": port}
 
+    def _reservations(self) -> tuple[tuple[int, int], ...]:
+        """What every IOVA space leaves out: pfn ranges, inclusive."""
+        return (*self.reserved, (self.bar_base >> PAGE_SHIFT, (self.memory.span - 1) >> PAGE_SHIFT))
+
     def _make_checker(self, wanted: Any) -> Any:
         if wanted is True:
-            from dmakit.dma.checker import ContractChecker
-
-            return ContractChecker()
+            return importlib.import_module("dmakit.dma.checker").ContractChecker()
         return wanted or None
 
     # Observation -------------------------------------------------------------------------------------------
@@ -294,16 +297,16 @@ class Machine:
     def record_events(self, events: list[Any] | None) -> None:
         """Append every component's events (kernel trace names) to ``events``; None stops."""
         self.events = events
-        if self.unit is not None:
-            self.unit.events = events
-        if self.swiotlb is not None:
-            self.swiotlb.events = events
+        parts: list[Any] = [self.unit, self.swiotlb]
+        for part in parts:
+            if part is not None:
+                part.events = events
         for device in self.devices:
             self._record_device(device, events)
 
     def _record_device(self, device: Device, events: list[Any] | None) -> None:
-        device.events = events
-        for part in (device.domain, device.iovad, device.flush_queue):
+        parts: list[Any] = [device, device.domain, device.iovad, device.flush_queue]
+        for part in parts:
             if part is not None:
                 part.events = events
 
@@ -316,10 +319,11 @@ class Machine:
     def live(self) -> dict[str, int]:
         """What is in use: IOVA ranges (cached ones not), bounce slots, table pages, entries waiting in flush queues."""
         ranges = waiting = 0
+        reserved = set(self._reservations())
         for device in self.devices:
             if device.iovad is not None:
                 cached = {pfn for pfn, _ in device.iovad.cached_pfns()}
-                ranges += sum(1 for lo, _ in device.iovad.nodes() if lo not in cached)
+                ranges += sum(1 for node in device.iovad.nodes() if node[0] not in cached and node not in reserved)
             if device.flush_queue is not None:
                 waiting += len(device.flush_queue.waiting())
         return {
