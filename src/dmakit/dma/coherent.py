@@ -103,7 +103,7 @@ def free_blocks(blocks: list[Block]) -> None:
 
 
 def alloc_pages(pages: PageAllocator, count: int, page_sizes: int, single: bool) -> list[Block]:
-    """``count`` pages in the largest blocks that ``page_sizes`` (a bitmap) has; smaller ones when memory is fragmented."""
+    """``count`` pages in the largest blocks that ``page_sizes`` (a bitmap) has, smaller ones when fragmented."""
     orders = [o for o in range(_MAX_ORDER, 0, -1) if page_sizes >> (o + PAGE_SHIFT) & 1 and not single]
     blocks: list[Block] = []
     while count > 0:

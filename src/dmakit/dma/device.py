@@ -82,12 +82,12 @@ class Device(Scatter):
     """One device and its mappings; a context manager that checks for leaks at its end.
 
     Options (keywords): ``memory``, ``port`` (how the device reaches memory), ``ledger``, ``clock``; behind an IOMMU
-    ``domain``, ``iovad``, ``gather`` and, when lazy, ``flush_queue``; ``swiotlb`` (bounce pool), ``p2p`` (peer-to-peer
-    decisions), ``cache`` (CPU cache model of a non-coherent machine), ``pages`` (for coherent memory); ``mask`` and ``coherent_mask`` (2**n - 1),
-    ``bus_dma_limit`` (0 = none), ``coherent``, ``trusted``, ``identity``, ``min_align_mask``, ``max_segment`` and
-    ``boundary`` (of scatterlists), ``pci`` (32-bit addresses first), ``forcedac`` (not), ``force_bounce``, ``checker``,
-    ``debug`` (keep every unmap necessary), ``defects`` (names or kernel versions), ``unchecked`` (a caller that breaks the
-    rules gets the kernel's answer, not a refusal: for replays of recorded misuse).
+    ``domain``, ``iovad``, ``gather`` and, when lazy, ``flush_queue``; ``swiotlb`` (bounce memory), ``p2p`` (decisions
+    about peers), ``cache`` (CPU caches that devices do not snoop), ``pages`` and ``low_pages`` (for coherent memory);
+    ``mask`` and ``coherent_mask`` (2**n - 1), ``bus_dma_limit`` (0 = none), ``coherent``, ``trusted``, ``identity``,
+    ``min_align_mask``, ``max_segment`` and ``boundary`` (of scatterlists), ``pci`` (32-bit addresses first),
+    ``forcedac`` (not), ``force_bounce``, ``checker``, ``debug`` (keep every unmap necessary), ``defects`` (names or
+    versions), ``unchecked`` (a caller that breaks the rules gets the kernel's answer: for replays of misuse).
     """
 
     def __init__(self, name: str, **options: Any) -> None:

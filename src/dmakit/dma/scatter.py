@@ -254,7 +254,11 @@ class Scatter(Streaming):
                 sg.out_bus[i] = 1
             elif sg.kind[i] == P2P_MAP_NOT_SUPPORTED:
                 self._fail(-EREMOTEIO, _P2P_NOT_SUPPORTED)
-            elif sg.kind[i] == P2P_MAP_THRU_HOST_BRIDGE and not self.translating and self.defects & _DIRECT_SG_HOST_BRIDGE:
+            elif (
+                sg.kind[i] == P2P_MAP_THRU_HOST_BRIDGE
+                and not self.translating
+                and self.defects & _DIRECT_SG_HOST_BRIDGE
+            ):
                 addr = _ALL_ONES
             else:
                 if sg.kind[i] == P2P_MAP_THRU_HOST_BRIDGE:
