@@ -12,7 +12,8 @@ from dmakit.ledger import Ledger
 from dmakit.memory.pages import PageAllocator
 from dmakit.memory.physical import PhysicalMemory
 from dmakit.swiotlb.bounce import Swiotlb
-from dmakit.swiotlb.dynamic import PoolGrower, block_order, limit_areas
+from dmakit.swiotlb.dynamic import PoolGrower, block_order
+from dmakit.swiotlb.pool import limit_areas
 from tests.support.sweep import sweep
 
 TO = consts.DMA_TO_DEVICE
@@ -49,6 +50,16 @@ def test_a_full_pool_answers_from_a_transient_one_that_is_freed_at_unmap() -> No
     assert world.pages.free_pages_count == world.free_pages
     assert not pool.contains(tlb)
     assert world.ledger.snapshot()["bounce_transient"] == 1
+
+
+def test_a_new_pool_shows_nothing_of_the_memorys_last_owner() -> None:
+    world = World()
+    phys = world.pages.alloc()
+    world.pool.memory.fill(phys, 4096, 0xAA)
+    world.pages.free(phys)
+    tlb = world.pool.map(RAM, 8)
+    assert tlb == phys
+    assert world.pool.memory.read(tlb + 8, 2040) == bytes(2040)  # the slot; the page has room for one more
 
 
 def test_the_worker_runs_once_when_time_moves_and_its_pool_is_asked_first() -> None:

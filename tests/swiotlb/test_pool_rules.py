@@ -218,6 +218,7 @@ def test_contains_knows_the_pool_from_other_memory() -> None:
         ),
         (lambda p: SwiotlbPool(p.memory, 0, 4096, ledger=p.ledger), r"^start=0x0: a bounce pool starts on a page"),
         (lambda p: SwiotlbPool(p.memory, 4096, 100, ledger=p.ledger), r"^size=100: a bounce pool is one or more slots"),
+        (lambda p: Swiotlb(p.memory, 4096, 8192, areas=3, ledger=p.ledger), r"^areas=3: must be a power of two$"),
         (
             lambda p: SwiotlbPool(p.memory, 4096, 8192, areas=3, ledger=p.ledger),
             r"^areas=3: must be a power of two that cuts 4 slots into whole segments$",

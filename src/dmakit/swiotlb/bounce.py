@@ -46,6 +46,8 @@ if cython.compiled:
     from cython.cimports.dmakit.ledger import Ledger
     from cython.cimports.dmakit.memory.physical import PhysicalMemory
     from cython.cimports.dmakit.swiotlb.pool import SwiotlbPool
+
+    from dmakit.swiotlb.pool import limit_areas
 else:
     from dmakit.consts import (
         ATTR_NO_WARN,
@@ -64,7 +66,7 @@ else:
     from dmakit.failpoint import FailPoint
     from dmakit.ledger import Ledger
     from dmakit.memory.physical import PhysicalMemory
-    from dmakit.swiotlb.pool import SwiotlbPool
+    from dmakit.swiotlb.pool import SwiotlbPool, limit_areas
 
 if TYPE_CHECKING:
     from dmakit.swiotlb.dynamic import PoolGrower
@@ -83,7 +85,9 @@ def _check_mask(name: str, value: int, bits: int = 64) -> None:
 @cython.final
 @cython.cclass
 class Swiotlb:
-    """The bounce memory of one machine, at first one pool of ``size`` bytes at ``start`` with ``areas`` areas.
+    """The bounce memory of one machine, at first one pool of ``size`` zero bytes at ``start``.
+
+    ``areas``: a power of two, usually the number of CPUs; fewer when the pool has not a segment for each.
 
     ``used``, ``high_water``, ``transient_slots``: slots, as in the kernel's debugfs ``swiotlb/io_tlb_*``.
     """
@@ -108,7 +112,9 @@ class Swiotlb:
         self.transients: list[SwiotlbPool] = []
         self.low, self.high = _MAPPING_ERROR, 0
         self.used = self.high_water = self.transient_slots = 0
-        self.areas = areas
+        if areas <= 0 or areas & (areas - 1):
+            raise MisuseError(f"areas={areas}: must be a power of two")
+        self.areas = areas = limit_areas(areas, size // IO_TLB_SIZE)
         self.add_pool(SwiotlbPool(memory, start, size, areas=areas, ledger=ledger))
         if grower is not None:
             grower.attach(self.add_pool)

@@ -21,7 +21,7 @@ from dmakit.consts import IO_TLB_SEGSIZE, IO_TLB_SIZE, L_BOUNCE_POOLS, L_BOUNCE_
 from dmakit.errors import ExhaustedError
 from dmakit.ledger import Ledger
 from dmakit.memory.physical import PhysicalMemory
-from dmakit.swiotlb.pool import SwiotlbPool
+from dmakit.swiotlb.pool import SwiotlbPool, limit_areas
 
 MIN_SLOTS = (1 << 20) // IO_TLB_SIZE
 MAX_ORDER = 10
@@ -41,13 +41,6 @@ class Pages(Protocol):
 def block_order(size: int) -> int:
     """The order of the smallest block of pages that holds ``size`` bytes (``get_order``)."""
     return max(0, (size - 1) // PAGE_SIZE).bit_length()
-
-
-def limit_areas(areas: int, slots: int) -> int:
-    """The most areas up to ``areas`` (a power of two) that are whole segments of a pool of ``slots``."""
-    while areas > 1 and slots % (areas * IO_TLB_SEGSIZE):
-        areas //= 2
-    return areas
 
 
 class PoolGrower:
@@ -113,6 +106,7 @@ class PoolGrower:
             slots = -(-(slots // 2) // IO_TLB_SEGSIZE) * IO_TLB_SEGSIZE
         size = slots * IO_TLB_SIZE
         areas = limit_areas(areas, slots)
+        self.memory.fill(start, size, 0)
         return SwiotlbPool(self.memory, start, size, areas=areas, ledger=self.ledger, transient=transient)
 
     def _block(self, size: int, limit: int) -> int:

@@ -60,12 +60,20 @@ else:
 _NO_ORIGIN = (1 << 64) - 1  # a free slot, or padding
 
 
+def limit_areas(areas: int, slots: int) -> int:
+    """The most areas up to ``areas`` (a power of two) that are whole segments of a pool of ``slots``."""
+    while areas > 1 and slots % (areas * IO_TLB_SEGSIZE):
+        areas //= 2
+    return areas
+
+
 @cython.final
 @cython.cclass
 class SwiotlbPool:
     """``size`` bytes (whole slots) of RAM at ``start`` (page-aligned), shared equally by ``areas`` (a power of two).
 
-    ``transient``: made for one mapping, freed with it. The pool owns neither the memory it lies in nor a policy:
+    ``transient``: made for one mapping, freed with it. The memory must be zero: the first user of a slot may see it.
+    The pool owns neither the memory it lies in nor a policy:
     ``dmakit.swiotlb.bounce.Swiotlb`` chooses pool and area and counts.
     """
 
@@ -85,14 +93,14 @@ class SwiotlbPool:
         self.start, self.end = start, start + size
         self.slots, self.areas, self.area_slots = slots, areas, slots // areas
         self.transient = transient
-        runs = (min(IO_TLB_SEGSIZE - slot % IO_TLB_SEGSIZE, slots - slot) for slot in range(slots))
-        self.free_run = memoryview(array("H", runs))
+        rest = slots % IO_TLB_SEGSIZE
+        runs = array("H", range(IO_TLB_SEGSIZE, 0, -1)) * (slots // IO_TLB_SEGSIZE) + array("H", range(rest, 0, -1))
+        self.free_run = memoryview(runs)
         self.pad_slots = memoryview(array("H", bytes(2 * slots)))
         self.left = memoryview(array("Q", bytes(8 * slots)))
         self.origin = memoryview(array("Q", (_NO_ORIGIN,) * slots))
         self.area_index = memoryview(array("q", bytes(8 * areas)))
         self.area_used = memoryview(array("q", bytes(8 * areas)))
-        memory._zero(start, size)
 
     def _search(
         self,
