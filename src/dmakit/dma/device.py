@@ -350,6 +350,10 @@ class Device(Scatter):
         """What the device's address ``addr`` leads to by the tables (0 = nothing); the address itself when direct."""
         return int(self.domain._iova_to_phys(addr)) if self.translating else addr
 
+    def leaf_across(self, addr: int) -> bool:
+        """Whether one page-table leaf begins before bus address ``addr`` and ends after it."""
+        return bool(self.translating and self.domain._leaf_across(addr))
+
     # The device's own accesses -----------------------------------------------------------------------------
 
     def dma_read(self, addr: int, size: int) -> bytes:
