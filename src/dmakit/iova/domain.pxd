@@ -37,6 +37,7 @@ cdef class IovaDomain:
     cdef void _schedule_depot_work(self, int order, int cpu) noexcept with gil
     cdef void _emit_alloc(self, unsigned long long size, unsigned long long limit, unsigned long long pfn) noexcept with gil
     cdef void _emit_free(self, unsigned long long pfn, unsigned long long size) noexcept with gil
+    cdef Py_ssize_t _first_bad_size(self, unsigned long long[::1] sizes) noexcept nogil
     cdef long long _alloc_many(
         self,
         int cpu,

@@ -165,6 +165,8 @@ class IovaDomain:
         if self._reserve(lo, hi) < 0:
             raise ExhaustedError(f"no memory for the reservation of pfns [{lo:#x}, {hi:#x}]")
 
+    @cython.locals(wanted="unsigned long long[::1]", found="unsigned long long[::1]")
+    @cython.locals(limit=cython.ulonglong, on=cython.int, flush=cython.bint, done=cython.longlong)
     def alloc_batch(
         self,
         sizes: object,
@@ -174,20 +176,28 @@ class IovaDomain:
         flush_rcache: object = True,
         cpu: SupportsIndex = 0,
     ) -> int:
-        """``alloc_fast`` for each of ``sizes`` into ``pfns`` (64-bit words; 0 = failed); returns the successes."""
-        cpu, limit_pfn = self._on_cpu(cpu), within("limit_pfn", limit_pfn, 0, self.highest_pfn)
+        """``alloc_fast`` for each of ``sizes`` into ``pfns`` (64-bit words; 0 = failed); returns the successes.
+
+        Compiled, it runs without the GIL; no other thread may use the domain meanwhile.
+        """
+        on, limit = self._on_cpu(cpu), within("limit_pfn", limit_pfn, 0, self.highest_pfn)
         wanted, found = self._sizes(sizes), words("pfns", pfns, writable=True)
         if len(wanted) != len(found):
             raise MisuseError(f"pfns: must have as many items as sizes ({len(wanted)}), not {len(found)}")
-        return self._alloc_many(cpu, wanted, limit_pfn, bool(flush_rcache), found)
+        flush = bool(flush_rcache)
+        with cython.nogil:
+            done = self._alloc_many(on, wanted, limit, flush, found)
+        return done  # noqa: RET504 (it takes the GIL)
 
+    @cython.locals(ranges="unsigned long long[::1]", spans="unsigned long long[::1]", on=cython.int)
     def free_batch(self, pfns: object, sizes: object, *, cpu: SupportsIndex = 0) -> None:
         """``free_fast`` for each pair of ``pfns`` and ``sizes`` (64-bit words); a pfn of 0 is skipped."""
-        cpu = self._on_cpu(cpu)
+        on = self._on_cpu(cpu)
         ranges, spans = words("pfns", pfns), self._sizes(sizes)
         if len(ranges) != len(spans):
             raise MisuseError(f"sizes: must have as many items as pfns ({len(ranges)}), not {len(spans)}")
-        self._free_many(cpu, ranges, spans)
+        with cython.nogil:
+            self._free_many(on, ranges, spans)
 
     def flush_rcaches(self, *, cpu: SupportsIndex = 0) -> None:
         """Give every cached range back to the tree, as an allocation does that found nothing."""
@@ -274,14 +284,15 @@ class IovaDomain:
 
     def _allocated(self, pfn: SupportsIndex) -> int:
         pfn = within("pfn", pfn, 1, self.highest_pfn)
-        if self.search.tree.find(pfn) is None:
+        if self.search.tree._find(pfn) == IOVA_NIL:
             raise MisuseError(f"pfn={pfn:#x}: no range is allocated there")
         return pfn
 
     def _sizes(self, sizes: object) -> memoryview[int]:
         flat = words("sizes", sizes)
-        for i, size in enumerate(flat):
-            within(f"sizes[{i}]", size, 1, self.highest_pfn)
+        bad = self._first_bad_size(flat)
+        if bad >= 0:
+            within(f"sizes[{bad}]", flat[bad], 1, self.highest_pfn)
         return flat
 
     def _disarm(self, order: int) -> None:
@@ -406,6 +417,14 @@ class IovaDomain:
     def _emit_free(self, pfn: cython.ulonglong, size: cython.ulonglong) -> cython.void:
         self._events.append(("ff_in", pfn, size))
 
+    def _first_bad_size(self, sizes: memoryview[int]) -> cython.Py_ssize_t:
+        """Index of the first size that is 0 or larger than the space, or -1."""
+        i: cython.Py_ssize_t
+        for i in range(len(sizes)):
+            if sizes[i] == 0 or sizes[i] > self.highest_pfn:
+                return i
+        return -1
+
     def _alloc_many(
         self,
         cpu: cython.int,
@@ -421,7 +440,7 @@ class IovaDomain:
             pfns[i] = self._alloc_fast(cpu, sizes[i], limit_pfn, flush_rcache)
             if pfns[i] != 0:
                 done += 1
-        return done
+        return done  # noqa: RET504 (it takes the GIL)
 
     def _free_many(self, cpu: cython.int, pfns: memoryview[int], sizes: memoryview[int]) -> cython.void:
         """``_free_fast`` for each pair."""
