@@ -12,6 +12,9 @@ Models ``read_and_clear_dirty`` of ``drivers/iommu/generic_pt/iommu_pt.h`` and `
 
 from __future__ import annotations
 
+from operator import index
+from typing import SupportsIndex
+
 import cython
 
 from dmakit.errors import MisuseError, UnsupportedError
@@ -39,18 +42,19 @@ class LeafBitScan:
     def __init__(
         self,
         table: PageTable,
-        iova: int,
-        size: int,
+        iova: SupportsIndex,
+        size: SupportsIndex,
         bitmap: object | None,
         gather: Gather,
         *,
-        page_size: int = PAGE_SIZE,
-        flags: int = 0,
+        page_size: SupportsIndex = PAGE_SIZE,
+        flags: SupportsIndex = 0,
         accessed: bool = False,
     ) -> None:
         bit = table.fmt.accessed_bit if accessed else table.fmt.dirty_bit
         if bit == 0:
             raise UnsupportedError(f"{table.fmt.name} leaves have no {'accessed' if accessed else 'dirty'} bit")
+        iova, size, page_size, flags = index(iova), index(size), index(page_size), index(flags)
         if page_size < PAGE_SIZE or page_size & (page_size - 1):
             raise MisuseError(f"page_size={page_size}: must be a power of two from {PAGE_SIZE}")
         if iova < 0 or size <= 0 or iova % page_size or size % page_size:

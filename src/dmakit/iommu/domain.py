@@ -22,6 +22,7 @@ Errnos of ``_map`` are those of Linux 7.2: -EINVAL (no permission, size 0), -ERA
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import cython
 
@@ -77,6 +78,7 @@ else:
     from dmakit.iova.flush_queue import FlushTarget
 
 _TOP = (1 << 64) - 1
+_PROT_TOP = 63  # all PROT_* bits
 
 
 def map_error(error: int, iova: int, phys: int, size: int, prot: int, mapped: int, table: PageTable) -> DmakitError:
@@ -87,7 +89,7 @@ def map_error(error: int, iova: int, phys: int, size: int, prot: int, mapped: in
     if error == ENXIO:
         return MisuseError(f"{what}: addresses and size must be multiples of {PAGE_SIZE}", error)
     if error == ERANGE:
-        limits = f"IOVA {int(table.aperture_last):#x}, physical address {(1 << table.fmt.output_bits) - 1:#x}"
+        limits = f"IOVA {int(table.aperture_last):#x}, physical address {(1 << int(table.fmt.output_bits)) - 1:#x}"
         return MisuseError(f"{what}: exceeds the highest address of the table ({limits})", error)
     if error == EOVERFLOW:
         return MisuseError(f"{what}: wraps around the end of the 64-bit address space", error)
@@ -142,59 +144,71 @@ class PageTableDomain(FlushTarget):
 
     # public ------------------------------------------------------------------------------------------------------
 
-    def map(self, iova: int, phys: int, size: int, prot: int, *, cpu: int = 0) -> None:
+    def map(
+        self,
+        iova: SupportsIndex,
+        phys: SupportsIndex,
+        size: SupportsIndex,
+        prot: SupportsIndex,
+        *,
+        cpu: SupportsIndex = 0,
+    ) -> None:
         """Map [iova, iova + size) to phys with PROT_READ and/or PROT_WRITE, without ``sync_map``.
 
         All in bytes, multiples of the granule. When it raises, nothing of the range is mapped that was not before.
         """
         checked = (within("iova", iova, 0, _TOP), within("phys", phys, 0, _TOP), within("size", size, 0, _TOP))
-        error = self._map(checked[0], checked[1], checked[2], prot, cpu)
+        bits = within("prot", prot, 0, _PROT_TOP)
+        error = self._map(checked[0], checked[1], checked[2], bits, self._on_cpu(cpu))
         if error != 0:
-            raise map_error(-error, *checked, prot, int(self.scratch.mapped), self.table)
+            raise map_error(-error, *checked, bits, int(self.scratch.mapped), self.table)
 
-    def sync_map(self, iova: int, size: int, *, cpu: int = 0) -> None:
+    def sync_map(self, iova: SupportsIndex, size: SupportsIndex, *, cpu: SupportsIndex = 0) -> None:
         """Tell the unit about new translations of the range (it acts only in caching mode)."""
-        self._sync_map(within("iova", iova, 0, _TOP), within("size", size, 1, _TOP), cpu)
+        self._sync_map(within("iova", iova, 0, _TOP), within("size", size, 1, _TOP), self._on_cpu(cpu))
 
-    def unmap(self, iova: int, size: int, *, cpu: int = 0) -> int:
+    def unmap(self, iova: SupportsIndex, size: SupportsIndex, *, cpu: SupportsIndex = 0) -> int:
         """Unmap up to the first hole and invalidate at once; the bytes removed (more than asked if a leaf was cut)."""
         gather = Gather()
         unmapped = self._unmap(within("iova", iova, 0, _TOP), within("size", size, 0, _TOP), gather)
-        self._flush(gather, cpu)
+        self._flush(gather, self._on_cpu(cpu))
         return int(unmapped)
 
-    def unmap_gather(self, iova: int, size: int, gather: Gather) -> int:
+    def unmap_gather(self, iova: SupportsIndex, size: SupportsIndex, gather: Gather) -> int:
         """``unmap`` without the invalidation: it stays in ``gather`` for ``flush``. The bytes removed."""
         return int(self._unmap(within("iova", iova, 0, _TOP), within("size", size, 0, _TOP), gather))
 
-    def flush(self, gather: Gather, *, cpu: int = 0) -> None:
+    def flush(self, gather: Gather, *, cpu: SupportsIndex = 0) -> None:
         """Invalidate what ``gather`` holds, free its table pages, and empty it; nothing when it is queued."""
-        self._flush(gather, cpu)
+        self._flush(gather, self._on_cpu(cpu))
 
-    def flush_all(self, *, cpu: int = 0) -> None:
+    def flush_all(self, *, cpu: SupportsIndex = 0) -> None:
         """Invalidate the whole domain."""
-        self._flush_all(CAUSE_OTHER, cpu)
+        self._flush_all(CAUSE_OTHER, self._on_cpu(cpu))
 
-    def iova_to_phys(self, iova: int) -> int:
+    def iova_to_phys(self, iova: SupportsIndex) -> int:
         """The physical address that ``iova`` translates to, 0 when nothing is mapped there."""
         return int(self._iova_to_phys(within("iova", iova, 0, _TOP)))
 
-    def map_many(self, iovas: object, phys: object, sizes: object, prot: int, *, cpu: int = 0) -> None:
+    def map_many(
+        self, iovas: object, phys: object, sizes: object, prot: SupportsIndex, *, cpu: SupportsIndex = 0
+    ) -> None:
         """``map`` for each row of three uint64 arrays of one length; all or nothing."""
         iova_words, phys_words, size_words = words("iovas", iovas), words("phys", phys), words("sizes", sizes)
         if not len(iova_words) == len(phys_words) == len(size_words):
             lengths = f"{len(iova_words)}, {len(phys_words)}, {len(size_words)}"
             raise MisuseError(f"iovas, phys, sizes have {lengths} items: must have the same number")
-        done = self._map_many(iova_words, phys_words, size_words, len(iova_words), prot, cpu)
+        bits = within("prot", prot, 0, _PROT_TOP)
+        done = self._map_many(iova_words, phys_words, size_words, len(iova_words), bits, self._on_cpu(cpu))
         if done < len(iova_words):
             error = -int(self.last_error)
             row, mapped = (iova_words[done], phys_words[done], size_words[done]), int(self.scratch.mapped)
             gather = Gather()
             self._unmap_many(iova_words, size_words, done, gather)
-            self._flush(gather, cpu)
-            raise map_error(error, *row, prot, mapped, self.table)
+            self._flush(gather, self._on_cpu(cpu))
+            raise map_error(error, *row, bits, mapped, self.table)
 
-    def unmap_many(self, iovas: object, sizes: object, *, cpu: int = 0) -> int:
+    def unmap_many(self, iovas: object, sizes: object, *, cpu: SupportsIndex = 0) -> int:
         """``unmap`` for each row of two uint64 arrays, with one invalidation for all; the bytes removed."""
         iova_words, size_words = words("iovas", iovas), words("sizes", sizes)
         if len(iova_words) != len(size_words):
@@ -203,7 +217,7 @@ class PageTableDomain(FlushTarget):
             )
         gather = Gather()
         removed = self._unmap_many(iova_words, size_words, len(iova_words), gather)
-        self._flush(gather, cpu)
+        self._flush(gather, self._on_cpu(cpu))
         return int(removed)
 
     def iova_to_phys_many(self, iovas: object, out: object) -> int:
@@ -215,18 +229,25 @@ class PageTableDomain(FlushTarget):
 
     # dirty tracking ----------------------------------------------------------------------------------------------
 
-    def set_dirty_tracking(self, on: bool, *, cpu: int = 0) -> None:
+    def set_dirty_tracking(self, on: bool, *, cpu: SupportsIndex = 0) -> None:
         """Switch hardware dirty tracking; switching on starts with every page clean. UnsupportedError: wrong format."""
         self._need_dirty()
-        self.unit.set_dirty_tracking(int(self.did), on, cpu=cpu)
+        self.unit.set_dirty_tracking(int(self.did), on, cpu=self._on_cpu(cpu))
         if on and not self.dirty_tracking:
             gather = Gather()
             LeafBitScan(self.table, 0, int(self.aperture_end) + 1, None, gather).run()
-            self._invalidate(gather, CAUSE_OTHER, cpu)
+            self._invalidate(gather, CAUSE_OTHER, self._on_cpu(cpu))
         self.dirty_tracking = on
 
     def read_and_clear_dirty(
-        self, iova: int, size: int, bitmap: object, *, page_size: int = PAGE_SIZE, flags: int = 0, cpu: int = 0
+        self,
+        iova: SupportsIndex,
+        size: SupportsIndex,
+        bitmap: object,
+        *,
+        page_size: SupportsIndex = PAGE_SIZE,
+        flags: SupportsIndex = 0,
+        cpu: SupportsIndex = 0,
     ) -> int:
         """OR the dirty pages of [iova, iova + size) into ``bitmap`` (uint64 array, bit i = page i of ``page_size``).
 
@@ -235,8 +256,11 @@ class PageTableDomain(FlushTarget):
         self._need_dirty()
         gather = Gather()
         found = LeafBitScan(self.table, iova, size, bitmap, gather, page_size=page_size, flags=flags).run()
-        self._invalidate(gather, CAUSE_OTHER, cpu)
+        self._invalidate(gather, CAUSE_OTHER, self._on_cpu(cpu))
         return found
+
+    def _on_cpu(self, cpu: SupportsIndex) -> int:
+        return within("cpu", cpu, 0, self.ledger.cpus - 1)
 
     def _need_dirty(self) -> None:
         if not self.table.fmt.dirty_tracking:
@@ -244,10 +268,10 @@ class PageTableDomain(FlushTarget):
                 f"{self.table.fmt.name} tables do not track dirty pages; vtdss (second stage) tables do"
             )
 
-    def detach(self, *, cpu: int = 0) -> None:
+    def detach(self, *, cpu: SupportsIndex = 0) -> None:
         """Give up the domain id and free every table; a second call does nothing."""
         if self.table.root != 0:
-            self.unit.detach(int(self.did), cpu=cpu)
+            self.unit.detach(int(self.did), cpu=self._on_cpu(cpu))
             self.table.destroy()
 
     # internals ---------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ With a walker that is not coherent every written entry is flushed from the CPU c
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from operator import index
+from typing import NamedTuple, SupportsIndex
 
 import cython
 
@@ -117,17 +118,19 @@ class PageTable:
         self.tables._free_list(gather.freelist)
         self.root = 0
 
-    def map(self, iova: int, phys: int, size: int, prot: int, gather: Gather) -> int:
+    def map(
+        self, iova: SupportsIndex, phys: SupportsIndex, size: SupportsIndex, prot: SupportsIndex, gather: Gather
+    ) -> int:
         """``_map`` for callers that are not compiled: 0 or -errno; sizes and addresses in bytes."""
-        return int(self._map(iova, phys, size, prot, gather))
+        return int(self._map(index(iova), index(phys), index(size), index(prot), gather))
 
-    def unmap(self, iova: int, size: int, gather: Gather) -> int:
+    def unmap(self, iova: SupportsIndex, size: SupportsIndex, gather: Gather) -> int:
         """``_unmap`` for callers that are not compiled: the bytes removed."""
-        return int(self._unmap(iova, size, gather))
+        return int(self._unmap(index(iova), index(size), gather))
 
-    def iova_to_phys(self, iova: int) -> int:
+    def iova_to_phys(self, iova: SupportsIndex) -> int:
         """The physical address that ``iova`` translates to, or 0."""
-        return int(self._iova_to_phys(iova))
+        return int(self._iova_to_phys(index(iova)))
 
     def leaves(self, iova: int = 0, size: int | None = None) -> list[Leaf]:
         """The leaves that hold a byte of [iova, iova + size), ascending (the whole aperture when ``size`` is None)."""
@@ -138,10 +141,10 @@ class PageTable:
         return found
 
     def _collect(self, table: int, level: int, base: int, first: int, last: int, found: list[Leaf]) -> None:
-        shift = level_shift(level)
-        for index in range(max(0, (first - base) >> shift), min(PT_ENTRIES - 1, (last - base) >> shift) + 1):
-            entry = self.memory.words[(table >> 3) + index]
-            start = base + (index << shift)
+        shift = int(level_shift(level))
+        for slot in range(max(0, (first - base) >> shift), min(PT_ENTRIES - 1, (last - base) >> shift) + 1):
+            entry = self.memory.words[(table >> 3) + slot]
+            start = base + (slot << shift)
             if not entry & self.fmt.present_bits:
                 continue
             target = entry & self.fmt.address_mask

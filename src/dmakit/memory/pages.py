@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import mmap
 from array import array
+from operator import index
+from typing import SupportsIndex
 
 import cython
 
@@ -39,6 +41,13 @@ _LINK_MASK = 0xFFFFFFFF
 _WORD = (1 << 64) - 1
 
 
+def _checked_order(order: SupportsIndex) -> int:
+    number = index(order)
+    if not 0 <= number <= PAGE_MAX_ORDER:
+        raise MisuseError(f"order={number}: must be 0 to {PAGE_MAX_ORDER}")
+    return number
+
+
 @cython.cclass
 class PageAllocator:
     """Hands out the pages of [start, start + size); page 0 of the machine is never handed out.
@@ -49,14 +58,15 @@ class PageAllocator:
     def __init__(
         self,
         memory: PhysicalMemory,
-        start: int,
-        size: int,
+        start: SupportsIndex,
+        size: SupportsIndex,
         *,
         node: int = 0,
         seed: int = 0,
         fragmentation: float = 0.0,
         fail: FailPoint | None = None,
     ) -> None:
+        start, size = index(start), index(size)
         if start < 0 or size <= 0 or start % PAGE_SIZE or size % PAGE_SIZE or start + size > memory.span:
             raise MisuseError(f"[{start:#x}, {start + size:#x}): must be whole pages inside {memory.span:#x} bytes")
         if not 0.0 <= fragmentation <= 1.0:
@@ -92,36 +102,36 @@ class PageAllocator:
 
     # public ------------------------------------------------------------------------------------------------------
 
-    def alloc(self, order: int = 0) -> int:
+    def alloc(self, order: SupportsIndex = 0) -> int:
         """Physical address of a free block of ``1 << order`` pages, naturally aligned; its bytes are not cleared.
 
         Raises ExhaustedError when no block of that order is free, MisuseError when ``order`` is not 0 to 18.
         """
-        if not 0 <= order <= PAGE_MAX_ORDER:
-            raise MisuseError(f"order={order}: must be 0 to {PAGE_MAX_ORDER}")
+        order = _checked_order(order)
         phys = self._alloc(order)
         if phys == 0:
             raise ExhaustedError(f"no free block of order {order} ({PAGE_SIZE << order} bytes) on node {self.node}")
         return int(phys)
 
-    def alloc_after(self, phys: int, order: int = 0) -> int:
+    def alloc_after(self, phys: SupportsIndex, order: SupportsIndex = 0) -> int:
         """As ``alloc``, preferring (at fragmentation 0) the block that begins at ``phys``: to grow one buffer."""
-        if not 0 <= order <= PAGE_MAX_ORDER:
-            raise MisuseError(f"order={order}: must be 0 to {PAGE_MAX_ORDER}")
-        found = self._alloc_after(max(phys, 0), order)
+        order = _checked_order(order)
+        found = self._alloc_after(max(index(phys), 0), order)
         if found == 0:
             raise ExhaustedError(f"no free block of order {order} ({PAGE_SIZE << order} bytes) on node {self.node}")
         return int(found)
 
-    def take(self, phys: int, order: int = 0) -> None:
+    def take(self, phys: SupportsIndex, order: SupportsIndex = 0) -> None:
         """Allocate exactly the block at ``phys``; MisuseError when it is not free (or not a block)."""
+        phys, order = index(phys), index(order)
         if not self._owns(phys, order):
             raise MisuseError(f"phys={phys:#x}, order={order}: is not an aligned block of node {self.node}")
         if self._at((phys - self.start) >> PAGE_SHIFT, order) == 0:
             raise MisuseError(f"phys={phys:#x}, order={order}: is not free")
 
-    def free(self, phys: int, order: int = 0) -> None:
+    def free(self, phys: SupportsIndex, order: SupportsIndex = 0) -> None:
         """Give back a block exactly as it was allocated; MisuseError for anything else (double free, other order)."""
+        phys, order = index(phys), index(order)
         if not self._owns(phys, order) or self.state[(phys - self.start) >> PAGE_SHIFT] != _ALLOCATED | order:
             raise MisuseError(f"phys={phys:#x}, order={order}: no such block is allocated on node {self.node}")
         self._free(phys, order)
