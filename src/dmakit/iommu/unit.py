@@ -285,21 +285,45 @@ class IommuUnit(Translator):
         self._check_did(did)
         if not 0 <= start <= end <= ALL_ONES:
             raise MisuseError(f"[{start:#x}, {end:#x}]: a flush needs 0 <= start <= end < 2^64")
-        if not 0 <= cause < N_CAUSES:
-            raise MisuseError(f"cause={cause}: must be one of the CAUSE_* constants")
-        self._check_cpu(cpu)
+        self._check_cause(cause, cpu)
         self._flush_range(did, start, end, ih, cause, cpu)
+
+    def sync_range(self, did: int, start: int, end: int, *, cpu: int = 0) -> None:
+        """Tell the unit that [start, end] (inclusive) was mapped: a request in caching mode only."""
+        self._check_did(did)
+        if not 0 <= start <= end <= ALL_ONES:
+            raise MisuseError(f"[{start:#x}, {end:#x}]: a sync needs 0 <= start <= end < 2^64")
+        self._check_cause(CAUSE_SYNC_MAP, cpu)
+        self._sync_range(did, start, end, cpu)
 
     def flush_all(self, did: int, *, cause: int = CAUSE_OTHER, cpu: int = 0) -> None:
         """Invalidate everything of a domain with its device TLBs, and wait."""
         self.flush_range(did, 0, ALL_ONES, cause=cause, cpu=cpu)
 
+    def inv_pages(
+        self, did: int, addr: int, mask: int, *, ih: bool = False, cause: int = CAUSE_OTHER, cpu: int = 0
+    ) -> None:
+        """One bare request for 2^mask pages at ``addr``, device TLBs not told; domain-selective beyond ``max_mask``."""
+        self._check_did(did)
+        if not 0 <= mask < WHOLE_MASK or not 0 <= addr <= ALL_ONES or addr % (4096 << mask):
+            raise MisuseError(f"addr={addr:#x} mask={mask}: must be an aligned block of 2^mask pages, mask 0 to 51")
+        self._check_cause(cause, cpu)
+        self._inv_pages(did, addr, mask, ih, cause, cpu)
+
+    def inv_domain(self, did: int, *, cause: int = CAUSE_OTHER, cpu: int = 0) -> None:
+        """One bare domain-selective request, device TLBs not told."""
+        self._check_did(did)
+        self._check_cause(cause, cpu)
+        self._inv_domain(did, cause, cpu)
+
     def inv_global(self, *, cause: int = CAUSE_OTHER, cpu: int = 0) -> None:
         """Invalidate the IOTLB and the paging-structure cache of every domain, and wait."""
-        self._check_cpu(cpu)
+        self._check_cause(cause, cpu)
         self._inv_global(cause, cpu)
 
-    def _check_cpu(self, cpu: int) -> None:
+    def _check_cause(self, cause: int, cpu: int) -> None:
+        if not 0 <= cause < N_CAUSES:
+            raise MisuseError(f"cause={cause}: must be one of the CAUSE_* constants, 0 to {N_CAUSES - 1}")
         if not 0 <= cpu < self.ledger.cpus:
             raise MisuseError(f"cpu={cpu}: this machine has {self.ledger.cpus}")
 
