@@ -1,9 +1,9 @@
 """The kernel's events of a step, as the tuples that our machine records.
 
-The recorder keeps the text of each tracepoint. ``parse`` turns it into the tuple of ``docs/design/contracts.md`` (kernel
-pointers are dropped: they name objects, not behaviour). Events that repeat what another event says are left out:
-``all_in`` (the ``flush_range`` over everything), ``fi_in``/``xfi_in`` (the ``ff_in`` of an uncacheable size), ``magfree_in`` (a
-magazine returned to the tree, seen in the next allocations), ``bounce_in`` (the copies, seen in the bytes).
+The recorder keeps the text of each tracepoint. ``parse`` turns it into the tuple of ``docs/design/contracts.md``
+(kernel pointers are dropped: they name objects, not behaviour). Events that repeat what another event says are left
+out: ``all_in`` (the ``flush_range`` over everything), ``fi_in``/``xfi_in`` (the ``ff_in`` of an uncacheable size),
+``magfree_in`` (a magazine returned to the tree, seen in the next allocations), ``bounce_in`` (seen in the bytes).
 
 A flush queue's timer fires on its own, so its events are taken out of the call that it interrupted: a ``Flush`` holds
 what the timer did and how many of the call's own events had been seen before it.
@@ -76,7 +76,7 @@ class Flush:
 
     cpu: int
     position: int
-    timer: str = ""
+    timer: int = 0
     events: list[Event] = field(default_factory=list)
 
     def freed(self) -> list[int]:
@@ -117,9 +117,9 @@ def separate(events: Iterable[list[Any]], after: Iterable[list[Any]]) -> KernelE
     return result
 
 
-def _timer(text: str) -> str:
+def _timer(text: str) -> int:
     match = re.search(r"timer=(0x[0-9a-f]+)", text)
-    return match[1] if match else ""
+    return int(match[1], 16) if match else 0
 
 
 def warning_function(text: str) -> str:

@@ -1,0 +1,127 @@
+"""After a difference: bring our stack to the kernel's answer, so that the next step starts from the same state.
+
+Three things can be apart: page-table entries behind a slot's range, the allocator (an IOVA freed with another size, or
+not at all), and bytes. Adopting undoes what ours did from the first difference on and does what the kernel did:
+
+* tables: unmap the leaves of the range, then map the kernel's runs again, one map a run (so a run that was one large
+  leaf is one again);
+* frees: a free of up to 32 pages went on top of a magazine, so taking it back is an allocation of that size; a larger
+  one removed its tree node, so taking it back reserves the range. Then the kernel's frees are done in its order;
+* an IOVA that the allocator answered differently: ours is given back to the tree, the kernel's is made the one that the
+  allocator must hand out next, and the step runs again.
+
+What was adopted is counted by the caller; nothing adopted counts as matched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dmakit.consts import PROT_READ, PROT_WRITE
+from dmakit.errors import InputError
+from dmakit.trace.step_bench import ALL_ONES, Bench, Slot
+from dmakit.trace.step_commands import Commands
+from dmakit.trace.step_events import Event
+from dmakit.trace.step_file import Step
+
+CACHED_PAGES = 32  # the largest IOVA that magazines hold
+NO_LIMIT = (1 << 52) - 1
+PROT_OF_DIRECTION = {0: PROT_READ | PROT_WRITE, 1: PROT_READ, 2: PROT_WRITE, 3: 0}
+
+
+def frees(events: list[Event]) -> list[tuple[int, int]]:
+    """(pfn, pages) of every free in a list of events."""
+    return [(event[1], event[2]) for event in events if event[0] == "ff_in"]
+
+
+def adopt_frees(iovad: Any, cpu: int, ours: list[Event], kernel: list[Event]) -> None:
+    """Make the frees of ``kernel`` true instead of those of ``ours``."""
+    done, wanted = frees(ours), frees(kernel)
+    same = 0
+    while same < min(len(done), len(wanted)) and done[same] == wanted[same]:
+        same += 1
+    for pfn, pages in reversed(done[same:]):
+        take_back(iovad, cpu, pfn, pages)
+    for pfn, pages in wanted[same:]:
+        iovad.free_fast(cpu, pfn, pages)
+
+
+def take_back(iovad: Any, cpu: int, pfn: int, pages: int) -> None:
+    """Undo ``free_fast(cpu, pfn, pages)``, the latest free of its size on this CPU."""
+    if pages > CACHED_PAGES:
+        iovad.reserve(pfn, pfn + pages - 1)
+        return
+    found = iovad.alloc_fast(cpu, pages, NO_LIMIT, False)
+    if found != pfn:
+        raise InputError(f"cannot adopt: the magazine gave pfn {found:#x} where {pfn:#x} had been freed last")
+
+
+def adopt_tables(bench: Bench, slot: Slot, runs: list[list[int]]) -> None:
+    """Make the translations of the slot's range those of ``runs`` ([offset, phys, length])."""
+    domain = bench.devices[slot.device].domain
+    prot_at: dict[int, int] = {}
+    for iova, size, entry in domain.leaves(slot.base, slot.span):
+        prot_at[iova] = entry & (PROT_READ | PROT_WRITE)
+        domain.unmap(iova, size)
+    prot = next(iter(prot_at.values()), PROT_OF_DIRECTION[slot.direction])
+    for offset, phys, size in runs:
+        prot = prot_at.get(slot.base + offset, prot)
+        domain.map(slot.base + offset, phys, size, prot)
+    bench.take_events()
+
+
+def adopt_bytes(bench: Bench, phys: int, runs: list[list[int]]) -> None:
+    """Write the kernel's bytes ([offset, length, byte] runs) to memory."""
+    for offset, length, byte in runs:
+        bench.machine.memory.fill(phys + offset, length, byte)
+
+
+def adopt_window(commands: Commands, slot: Slot, step: Step, kernel: list[Event]) -> None:
+    """Give the slot the IOVA that the kernel's step got (none when the kernel's allocation failed)."""
+    bench = commands.bench
+    device = bench.devices[slot.device]
+    _give_up_window(slot, step, device)
+    answered = [(event[3], event[1]) for event in kernel if event[0] == "af_out" and event[3]]
+    if len(answered) == 1:
+        pfn, pages = answered[0]
+        held = make_next(device.iovad, step.cpu, pfn, pages)
+        commands.run(step)
+        for lo in held:
+            device.iovad.free(lo)
+    bench.take_events()
+
+
+def _give_up_window(slot: Slot, step: Step, device: Any) -> None:
+    """Undo our side of a ``try``, ``map`` or ``sg`` step that succeeded."""
+    if step.op == "try" and slot.state:
+        pfn, pages = slot.state.addr >> 12, (slot.state.addr & 4095) + slot.state.size + 4095 >> 12
+        slot.state.free()
+        if pages <= CACHED_PAGES:
+            take_back(device.iovad, step.cpu, pfn, pages)
+            device.iovad.free(pfn)
+    elif step.op == "map" and slot.addr != ALL_ONES:
+        device.unmap_phys(slot.addr, slot.size, slot.direction, slot.attrs, cpu=step.cpu)
+    elif step.op == "sg" and slot.mapping is not None:
+        device.unmap_sg(slot.mapping, cpu=step.cpu)
+        slot.mapping = None
+
+
+def make_next(iovad: Any, cpu: int, pfn: int, pages: int) -> list[int]:
+    """Make ``pfn`` what the next allocation of ``pages`` gets; returns ranges (by first pfn) to free afterwards.
+
+    A cacheable size goes on top of the magazine. A larger one comes from the tree, which answers from the top down:
+    with every gap above reserved for the moment, the wanted range is the highest that fits.
+    """
+    if pages <= CACHED_PAGES:
+        rounded = 1 << (pages - 1).bit_length()
+        iovad.reserve(pfn, pfn + rounded - 1)
+        iovad.free_fast(cpu, pfn, rounded)
+        return []
+    held = []
+    above = pfn + pages
+    for lo, hi in [*sorted(node for node in iovad.nodes() if node[0] >= above), (NO_LIMIT + 1, NO_LIMIT + 1)]:
+        if lo > above:
+            iovad.reserve(above, lo - 1)
+            held.append(above)
+        above = hi + 1
+    return held

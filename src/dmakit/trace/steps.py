@@ -1,0 +1,243 @@
+"""``replay_steps``: run a step file on our stack and compare it with the kernel, field by field.
+
+Compared are the return value, the IOVA, the state's size word, the page range and its translations, leaf entries,
+output segments, bytes, warnings, the events a call causes in their order (``events``) and what flush-queue timers did
+around it (``after``). A step matches when all its fields do.
+
+With the defects of the recorded kernel switched on, every step is expected to match. Without them a difference must
+have a name, and the name is found by experiment, not by a list: the file is replayed with every defect of that kernel
+but one; the differences of that replay are what the missing defect explains. A difference that no such replay shows
+has no explanation (``defect`` is null) and the file counts as diverged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dmakit.dma.defects import defects_of
+from dmakit.trace import step_adopt
+from dmakit.trace.step_bench import Bench, Slot, compared
+from dmakit.trace.step_commands import Answer, Commands
+from dmakit.trace.step_events import Event, Flush, KernelEvents, separate, warning_function
+from dmakit.trace.step_file import Step, StepFile, load_steps
+
+RECORDED_KERNEL = "7.2"
+#: The fields of a record that are answers; the rest is input or bookkeeping of the recorder.
+FIELDS = (
+    "ret", "phys", "len", "addr", "size", "max_seg", "boundary", "in", "out", "sg_after", "base", "span", "tr", "bytes",
+    "leaves", "warn", "events", "after", "skipped",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StepDifference:
+    """One field of one step that is not the kernel's; ``defect`` names what explains it, None when nothing does."""
+
+    n: int
+    line: int
+    cmd: str
+    field: str
+    ours: Any
+    kernel: Any
+    defect: str | None = None
+
+
+@dataclass(slots=True)
+class StepsResult:
+    """What ``dmakit replay`` reports of one step file."""
+
+    file: str
+    steps: int
+    matched: int
+    differences: list[StepDifference]
+    kind: str = "steps"
+    defects: tuple[str, ...] = ()
+    unknown_events: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def divergence(self) -> StepDifference | None:
+        """The first difference."""
+        return self.differences[0] if self.differences else None
+
+    @property
+    def explained(self) -> bool:
+        """True when every difference has the name of a defect."""
+        return all(difference.defect for difference in self.differences)
+
+    def as_json(self) -> dict[str, Any]:
+        """The object of ``--json``."""
+        return {
+            "file": self.file,
+            "kind": self.kind,
+            "steps": self.steps,
+            "matched": self.matched,
+            "differences": [asdict(difference) for difference in self.differences],
+            "divergence": asdict(self.divergence) if self.divergence else None,
+            "unknown_events": self.unknown_events,
+        }
+
+    def render(self, limit: int = 10) -> str:
+        """Lines for people: the count, then the differences by defect, then the first ``limit`` unexplained ones."""
+        lines = [f"{self.file}: {self.matched} of {self.steps} steps equal to the kernel's"]
+        by_defect: dict[str, list[StepDifference]] = {}
+        for difference in self.differences:
+            by_defect.setdefault(difference.defect or "not explained", []).append(difference)
+        for name, found in by_defect.items():
+            where = ", ".join(f"{d.n}:{d.field}" for d in found[:6]) + (" …" if len(found) > 6 else "")
+            lines.append(f"  {name}: {len(found)} differences (step:field {where})")
+        for d in by_defect.get("not explained", [])[:limit]:
+            lines += [
+                f"  step {d.n} (line {d.line}) {d.cmd}: {d.field}",
+                f"    ours   {d.ours}",
+                f"    kernel {d.kernel}",
+            ]
+        return "\n".join(lines)
+
+
+def replay_steps(path: str | Path, *, boot: str | Path | None = None, defects: tuple[str, ...] = ()) -> StepsResult:
+    """Replay the step file ``path``; ``boot`` defaults to ``NAME.boot.txt`` beside it. InputError for bad files."""
+    file = load_steps(path)
+    boot_path = Path(boot) if boot else _boot_beside(file.path)
+    on = tuple(defect.name for defect in defects_of(defects))
+    result = _Replay(file, boot_path, on).run()
+    missing = [defect.name for defect in defects_of(RECORDED_KERNEL) if defect.name not in on]
+    if result.differences and missing:
+        result.differences = _explain(file, boot_path, on, missing, result.differences)
+    return result
+
+
+def _boot_beside(path: Path) -> Path | None:
+    candidate = path.with_name(path.name.split(".")[0] + ".boot.txt")
+    return candidate if candidate.exists() else None
+
+
+def _explain(
+    file: StepFile, boot: Path | None, on: tuple[str, ...], missing: list[str], found: list[StepDifference]
+) -> list[StepDifference]:
+    """Name each difference after the defects whose absence alone brings it about."""
+    names: dict[tuple[int, str], list[str]] = {}
+    for name in missing:
+        others = (*on, *(other for other in missing if other != name))
+        for difference in _Replay(file, boot, others).run().differences:
+            names.setdefault((difference.line, difference.field), []).append(name)
+    faithful = {(d.line, d.field) for d in _Replay(file, boot, (*on, *missing)).run().differences}
+    named = []
+    for d in found:
+        key = (d.line, d.field)
+        explanation = ", ".join(names.get(key, ())) if key not in faithful else None
+        named.append(StepDifference(d.n, d.line, d.cmd, d.field, d.ours, d.kernel, explanation or None))
+    return named
+
+
+class _Replay:
+    """One run of a file with one set of defects."""
+
+    def __init__(self, file: StepFile, boot: Path | None, defects: tuple[str, ...]) -> None:
+        self.file = file
+        self.defects = defects
+        self.bench = Bench(file, boot, defects)
+        self.commands = Commands(self.bench)
+        self.differences: list[StepDifference] = []
+        self.unknown: dict[str, int] = {}
+
+    def run(self) -> StepsResult:
+        matched = sum(self._step(step) for step in self.file.steps)
+        return StepsResult(
+            str(self.file.path),
+            len(self.file.steps),
+            matched,
+            self.differences,
+            defects=self.defects,
+            unknown_events=self.unknown,
+        )
+
+    def _step(self, step: Step) -> bool:
+        """Run and compare one step; True when every field is the kernel's."""
+        recorded = separate(step.record.get("events", ()), step.record.get("after", ()))
+        for name in recorded.unknown:
+            self.unknown[name] = self.unknown.get(name, 0) + 1
+        before = [flush for flush in recorded.flushes if self._fires_before(flush, recorded)]
+        later = [flush for flush in recorded.flushes if flush not in before]
+        self.bench.tick()
+        fired = [self.bench.next_flush() for _ in before]
+        answer = self._skipped(step) if step.skipped and not self._runs_here(step) else self.commands.run(step)
+        fired += [self.bench.next_flush() for _ in later]
+        flushes = [compared(events) for events in fired]
+        found = self._compare(step, answer, recorded, flushes, before + later)
+        if found:
+            self.differences += found
+            self._adopt(step, answer, recorded, flushes, before + later, {difference.field for difference in found})
+        return not found
+
+    @staticmethod
+    def _fires_before(flush: Flush, recorded: KernelEvents) -> bool:
+        """Did the timer run before this call took effect? A flush that frees what the call queued ran after it."""
+        if flush.position < 0:
+            return False
+        if flush.position == 0:
+            return True
+        unmapped = {event[1] >> 12 for event in recorded.own if event[0] == "unmap"}
+        return bool(unmapped) and not unmapped & set(flush.freed())
+
+    @staticmethod
+    def _runs_here(step: Step) -> bool:
+        """A skipped ``peek``/``fill`` is tried: it must find no translation here either."""
+        return step.op in ("peek", "fill")
+
+    @staticmethod
+    def _skipped(step: Step) -> Answer:
+        return {"skipped": step.record["skipped"], "events": [], "warn": []}
+
+    def _compare(
+        self, step: Step, answer: Answer, recorded: KernelEvents, flushes: list[list[Event]], expected: list[Flush]
+    ) -> list[StepDifference]:
+        kernel = {key: value for key, value in step.record.items() if key in FIELDS}
+        kernel["warn"] = [warning_function(text) for text in step.record.get("warn", ())]
+        kernel["events"] = recorded.own
+        kernel["after"] = [flush.events for flush in expected]
+        ours = {key: value for key, value in answer.items() if key in FIELDS} | {"after": flushes}
+        command = str(step.record["cmd"])
+        return [
+            StepDifference(step.n, step.line, command, key, ours.get(key), kernel.get(key))
+            for key in FIELDS
+            if ours.get(key) != kernel.get(key)
+        ]
+
+    # adopting ------------------------------------------------------------------------------------------------
+
+    def _adopt(
+        self,
+        step: Step,
+        answer: Answer,
+        recorded: KernelEvents,
+        flushes: list[list[Event]],
+        expected: list[Flush],
+        fields: set[str],
+    ) -> None:
+        """Bring the bench to the kernel's state after a step that differs."""
+        bench = self.bench
+        slot = self._slot(step)
+        if "bytes" in fields and "phys" in answer:
+            step_adopt.adopt_bytes(bench, answer["phys"], step.record["bytes"])
+        if slot is not None and slot.device >= 0:
+            iovad = bench.devices[slot.device].iovad
+            if "events" in fields:
+                step_adopt.adopt_frees(iovad, step.cpu, answer["events"], recorded.own)
+            if {"addr", "ret", "out"} & fields and step.op in ("try", "map", "sg"):
+                step_adopt.adopt_window(self.commands, slot, step, recorded.own)
+            if "tr" in fields and "tr" in step.record:
+                slot.base, slot.span = step.record["base"], step.record["span"]
+                step_adopt.adopt_tables(bench, slot, step.record["tr"])
+        if "after" in fields:
+            for ours, flush in zip(flushes, expected, strict=True):
+                owner = bench.owner_of_timer(flush.timer)
+                if owner is not None:
+                    step_adopt.adopt_frees(owner.iovad, flush.cpu, ours, flush.events)
+
+    def _slot(self, step: Step) -> Slot | None:
+        return self.bench.slot(step.words[1]) if step.op in _SLOT_OPS else None
+
+
+_SLOT_OPS = frozenset({"try", "link", "sync", "unlink", "destroy", "free", "map", "unmap", "sg", "unsg", "look"})
