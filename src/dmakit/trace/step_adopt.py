@@ -19,7 +19,8 @@ from typing import Any
 
 from dmakit.consts import PROT_READ, PROT_WRITE
 from dmakit.errors import InputError
-from dmakit.trace.step_bench import ALL_ONES, Bench, Slot
+from dmakit.trace.recorded_machine import ALL_ONES
+from dmakit.trace.step_bench import Bench, Slot
 from dmakit.trace.step_commands import Commands
 from dmakit.trace.step_events import Event
 from dmakit.trace.step_file import Step

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dmakit.errors import DmakitError
-from dmakit.trace.step_bench import ALL_ONES, Bench, Slot, compared
+from dmakit.trace.recorded_machine import ALL_ONES, compared
+from dmakit.trace.step_bench import Bench, Slot, device_name
 from dmakit.trace.step_events import warning_function
 from dmakit.trace.step_file import Step
 
@@ -68,7 +69,7 @@ class Commands:
     # set-up --------------------------------------------------------------------------------------------------
 
     def _dev(self, step: Step) -> Answer:
-        device = self.bench.device(step)
+        device = self.bench.device(device_name(step))
         self.bench.devices[self._number(step, 1)] = device
         return {"ret": 0}
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from dmakit.dma.defects import defects_of
 from dmakit.trace import step_adopt
-from dmakit.trace.step_bench import Bench, Slot, compared
+from dmakit.trace.recorded_machine import compared
+from dmakit.trace.step_bench import Bench, Slot
 from dmakit.trace.step_commands import Answer, Commands
 from dmakit.trace.step_events import Event, Flush, KernelEvents, separate, warning_function
 from dmakit.trace.step_file import Step, StepFile, load_steps

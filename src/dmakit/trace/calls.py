@@ -1,0 +1,237 @@
+"""DMA API calls in a kernel trace, in the order in which they took effect.
+
+A call shows itself at its return (``try_out``, ``link_out``, ``mp_out`` …, with its result) or at its entry
+(``ump_in``, ``destroy_in`` …, everything it does follows). A call that maps and then syncs takes its place where its
+sync is seen (``syncmap_in``): what an interrupt does between that and the return comes after it. Timers stand where
+they fired.
+
+Scatterlists: ``dma_map_sg`` names every entry's address and every output segment. Input lengths are in the recorder's
+dump of the first entries (words: ``page_link``, offset and length, DMA address, DMA length); a list that is longer or
+chained is *inferred*: inside one physically contiguous ``map`` an entry ends where the next begins, and the last one
+where the map ends (exact when entries end on pages).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dmakit.trace.step_events import Event, parse
+from dmakit.trace.step_file import read_text
+
+Segment = tuple[int, int]
+
+_LINE = re.compile(r"\s*.*?-(\d+)\s+(?:\(.*?\)\s+)?\[(\d+)\]\s+(?:\S+\s+)?([\d.]+): (\w+): (.*)")
+_LIST = re.compile(r"(\w+)=\{([^}]+)\}")
+_PAIR = re.compile(r'(\w+)=(?:"([^"]*)"|(\{[^}]*\}|\S+))')
+
+#: Return events of calls, by kind.
+RETURNS = {
+    "try_out": "try",
+    "link_out": "link",
+    "sync_out": "sync",
+    "mp_out": "map",
+    "mapsg_out": "sg",
+    "al_out": "alloc",
+}
+#: Kinds that take effect at their ``syncmap_in``.
+SYNCING = frozenset({"sync", "map", "sg", "alloc"})
+ENTRIES = {
+    "unlink_in": "unlink",
+    "destroy_in": "destroy",
+    "dfree_in": "free",
+    "ump_in": "unmap",
+    "umsg_in": "unsg",
+    "fr_in": "release",
+    "fqto_in": "timer",
+}
+SG_WORDS = 4  # 64-bit words of one scatterlist entry: page_link, offset and length, DMA address, DMA length and flags
+SG_CHAIN = 1  # page_link bit: the entry links to another table
+
+
+@dataclass(slots=True)
+class Row:
+    """One line of the trace: stamp, pid, CPU, event and its text."""
+
+    stamp: str
+    pid: int
+    cpu: int
+    name: str
+    text: str
+
+    def fields(self) -> dict[str, str]:
+        """``key=value`` pairs of the text."""
+        return {key: quoted or bare for key, quoted, bare in _PAIR.findall(self.text)}
+
+
+@dataclass(slots=True)
+class Call:
+    """One call (or timer): ``kind``, the device's name, numbers by name, and for scatterlists input and output."""
+
+    kind: str
+    stamp: str
+    cpu: int
+    device: str = ""
+    numbers: dict[str, int] = field(default_factory=dict)
+    inputs: list[Segment] = field(default_factory=list)
+    outputs: list[Segment] = field(default_factory=list)
+    inferred: bool = False
+
+    def __getitem__(self, name: str) -> int:
+        return self.numbers[name]
+
+
+@dataclass(slots=True)
+class CallTrace:
+    """What ``read_calls`` found: calls in order, compared events in order, the cause of each invalidation."""
+
+    path: Path
+    calls: list[Call] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    causes: list[str] = field(default_factory=list)
+    other_descriptors: int = 0
+    names: set[str] = field(default_factory=set)
+    highest_phys: int = 0
+    malformed: int = 0
+
+
+def rows(path: Path) -> Iterator[Row | None]:
+    """The lines of a trace; None for a line that is neither a comment nor an event."""
+    for line in read_text(path).splitlines():
+        if match := _LINE.match(line):
+            yield Row(match[3], int(match[1]), int(match[2]), match[4], match[5])
+        elif line.strip() and not line.startswith("#"):
+            yield None
+
+
+def read_calls(path: str | Path) -> CallTrace:
+    """Calls and compared events of the trace ``path``; InputError when it cannot be read."""
+    reader = _Reader(CallTrace(Path(path)))
+    for row in rows(reader.trace.path):
+        if row is None:
+            reader.trace.malformed += 1
+        else:
+            reader.add(row)
+    return reader.finish()
+
+
+class _Reader:
+    """Collects rows into calls: a stack per CPU, since an interrupt's calls nest inside what it interrupted."""
+
+    def __init__(self, trace: CallTrace) -> None:
+        self.trace = trace
+        self._placed: dict[int, list[int]] = {}  # by CPU: indices of places that wait for their call's return
+        self._calls: list[Call | None] = []
+        self._trigger: dict[int, str] = {}  # by CPU: what the next invalidation will be caused by
+        self._last_call: dict[int, str] = {}
+        self._timer: dict[int, bool] = {}
+        self._maps: dict[int, list[Segment]] = {}  # by CPU: (phys, size) of the maps of the call under way
+        self._sg: dict[int, Call] = {}  # by CPU: the latest dma_map_sg, until its event has named the addresses
+
+    def add(self, row: Row) -> None:
+        """Take in one line."""
+        self.trace.names.add(row.name)
+        if row.name == "syncmap_in":
+            self._placed.setdefault(row.cpu, []).append(len(self._calls))
+            self._calls.append(None)
+        elif row.name in RETURNS:
+            self._returned(row, RETURNS[row.name])
+        elif row.name in ENTRIES:
+            self._entered(row, ENTRIES[row.name])
+        elif row.name == "dma_map_sg" and row.cpu in self._sg:
+            _name_segments(self._sg.pop(row.cpu), row.text)
+        self._invalidation(row)
+        event = parse(row.name, row.text) if row.name != "qi_submit" or row.text.startswith("iotlb_inv") else None
+        if event is not None:
+            self.trace.events.append(event)
+            if event[0] == "map":
+                self._maps.setdefault(row.cpu, []).append((event[2], event[3]))
+                self.trace.highest_phys = max(self.trace.highest_phys, event[2] + event[3])
+
+    def _returned(self, row: Row, kind: str) -> None:
+        call = self._call(row, kind)
+        places = self._placed.get(row.cpu, [])
+        if kind in SYNCING and places:
+            self._calls[places.pop()] = call
+        else:
+            self._calls.append(call)
+        if kind == "sg":
+            self._scatterlist(row, call)
+        self._maps.pop(row.cpu, None)
+
+    def _entered(self, row: Row, kind: str) -> None:
+        self._calls.append(self._call(row, kind))
+        self._maps.pop(row.cpu, None)
+        if kind == "timer":
+            self._timer[row.cpu] = True
+        else:
+            self._last_call[row.cpu] = kind
+
+    def _call(self, row: Row, kind: str) -> Call:
+        fields = row.fields()
+        numbers = {key: int(value, 0) for key, value in fields.items() if re.fullmatch(r"-?\d+|0x[0-9a-f]+", value)}
+        return Call(kind, row.stamp, row.cpu, fields.get("dev", ""), numbers)
+
+    def _scatterlist(self, row: Row, call: Call) -> None:
+        """Lengths of the input entries, from the dump where it holds the whole list, else from the maps."""
+        words = [int(word, 16) for word in row.fields().get("sg", "{}").strip("{}").split(",") if word]
+        entries = [words[i : i + SG_WORDS] for i in range(0, len(words) - SG_WORDS + 1, SG_WORDS)][: call["nents"]]
+        whole = len(entries) == call["nents"] and not any(entry[0] & SG_CHAIN for entry in entries)
+        call.inferred = not whole
+        call.inputs = [(0, entry[1] >> 32) for entry in entries] if whole else self._maps.get(row.cpu, [])
+        self._sg[row.cpu] = call
+
+    def _invalidation(self, row: Row) -> None:
+        """Follow what the next IOTLB invalidation on this CPU will be for, and note it when it comes."""
+        if row.name == "fqto_out":
+            self._timer[row.cpu] = False
+        elif row.name == "all_in":
+            self._trigger[row.cpu] = "flush queue timer" if self._timer.get(row.cpu) else "flush queue full"
+        elif row.name == "tlbsync_in":
+            self._trigger[row.cpu] = self._last_call.get(row.cpu, "unmap")
+        elif row.name == "syncmap_in":
+            self._trigger[row.cpu] = "map-side sync"
+        elif row.name == "qi_submit":
+            if row.text.startswith("iotlb_inv"):
+                self.trace.causes.append(self._trigger.pop(row.cpu, ""))
+            else:
+                self.trace.other_descriptors += 1
+
+    def finish(self) -> CallTrace:
+        """The trace; a sync whose return was not recorded has no call."""
+        self.trace.calls = [call for call in self._calls if call is not None]
+        return self.trace
+
+
+def _name_segments(call: Call, text: str) -> None:
+    """Fill in addresses: input entries and output segments, as the ``dma_map_sg`` event lists them."""
+    lists = {key: [int(word, 16) for word in words.split(",")] for key, words in _LIST.findall(text)}
+    addresses = lists.get("phys_addrs", [])
+    if len(addresses) != call["nents"]:
+        call.inputs = []  # the event lists at most 128 entries
+    elif call.inferred:
+        call.inputs = _inferred(addresses, call.inputs, sum(lists.get("sizes", ())))
+    else:
+        call.inputs = [(phys, size) for phys, (_, size) in zip(addresses, call.inputs, strict=True)]
+    call.outputs = list(zip(lists.get("dma_addrs", ()), lists.get("sizes", ()), strict=True))
+
+
+def _inferred(addresses: list[int], maps: list[Segment], total: int) -> list[Segment]:
+    """Entries from their addresses, the (phys, size) runs they were mapped in and their total; empty if they differ."""
+    found: list[Segment] = []
+    runs = iter(maps)
+    start, size = next(runs, (0, 0))
+    for phys, following in zip(addresses, [*addresses[1:], -1], strict=True):
+        if not start <= phys < start + size:
+            start, size = next(runs, (0, 0))
+        if not start <= phys < start + size:
+            return []
+        end = following if phys < following < start + size else start + size
+        found.append((phys, end - phys))
+    excess = sum(size for _, size in found) - total
+    if not 0 <= excess < 4096:  # only the last entry may end inside a page
+        return []
+    found[-1] = (found[-1][0], found[-1][1] - excess)
+    return found

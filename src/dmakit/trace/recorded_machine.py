@@ -1,0 +1,132 @@
+"""A software machine set up like a recorded one.
+
+What is *input* is taken from the recording: which devices exist and in which order they were attached (their domain
+ids), reserved IOVA ranges (from the boot file), whether a device is trusted and its domain strict, physical addresses
+of buffers and of the bounce pool, when a timer fired. What is *answer* comes from our stack.
+
+``next_flush`` is the one place where time passes on purpose: the recording says after which call a flush queue's timer
+had fired, not how long that took, so the virtual clock jumps to the timer that is due next.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dmakit.platform.soft import Machine
+from dmakit.trace.step_events import COMPARED, Event
+from dmakit.trace.step_file import read_text
+
+POOL_SIZE = 512 << 20  # tables and coherent memory: RAM above everything that the recording names
+BOUNCE_START = 0x7BFD_D000  # where a 64 MiB pool lay in every recording with RAM above 2 GiB
+BOUNCE_SIZE = 64 << 20
+FLUSH_WITHIN_NS = 10_000_000  # IOVA_FQ_TIMEOUT
+ALL_ONES = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a recording tells about its machine. Physical addresses lie below ``highest_phys``."""
+
+    boot: Path | None
+    untrusted: frozenset[str] = frozenset()
+    strict: bool = False
+    caching_mode: bool = False
+    cpus: int = 1
+    bounce_start: int = BOUNCE_START
+    highest_phys: int = 0
+    defects: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BootDomain:
+    """One domain as the boot trace shows it: its IOVA domain's name, devices, reserved pfn ranges (inclusive)."""
+
+    iovad: int
+    devices: tuple[str, ...]
+    reserved: tuple[tuple[int, int], ...]
+
+
+def read_boot(path: Path) -> list[BootDomain]:
+    """The domains of a boot trace, in the order in which they were attached."""
+    devices: dict[int, list[str]] = {}
+    reserved: dict[int, list[tuple[int, int]]] = {}
+    waiting: list[str] = []
+    for line in read_text(path).splitlines():
+        if match := re.search(r"attach_device_to_domain: .*device=(\S+)", line):
+            waiting.append(match[1])
+        elif match := re.search(r"\binit: .*iovad=(0x[0-9a-f]+)", line):
+            devices[int(match[1], 16)], waiting = waiting, []
+        elif match := re.search(r"\bres: .*iovad=(0x[0-9a-f]+) lo=(0x[0-9a-f]+) hi=(0x[0-9a-f]+)", line):
+            iovad, lo, hi = (int(group, 16) for group in match.groups())
+            reserved.setdefault(iovad, []).append((lo, hi))
+    return [BootDomain(iovad, tuple(names), tuple(reserved.get(iovad, ()))) for iovad, names in devices.items()]
+
+
+class RecordedMachine:
+    """The machine and its devices by name, its events collected in ``events``."""
+
+    def __init__(self, setup: Setup) -> None:
+        pool = (max(setup.highest_phys, 4 << 30) + (1 << 30) - 1) & ~((1 << 30) - 1)
+        self.setup = setup
+        self.machine = Machine(
+            ram=pool + POOL_SIZE,
+            cpus=setup.cpus,
+            iommu="vtd",
+            mode="strict" if setup.strict else "lazy",
+            caching_mode=setup.caching_mode,
+            swiotlb=(setup.bounce_start, BOUNCE_SIZE),
+            pool=(pool, POOL_SIZE),
+            defects=setup.defects,
+        )
+        self.events: list[Event] = []
+        self.machine.record_events(self.events)
+        self.attached: dict[str, Any] = {}
+        self._iovads: dict[int, Any] = {}
+        for domain in (
+            read_boot(setup.boot) if setup.boot else ()
+        ):  # in boot order: domain ids count as the kernel's did
+            device = self.device(domain.devices[0])
+            for lo, hi in domain.reserved:
+                device.iovad.reserve(lo, hi)
+            self._iovads[domain.iovad] = device
+            self.attached.update(dict.fromkeys(domain.devices, device))
+
+    def device(self, name: str) -> Any:
+        """The device ``name``, attached now when the boot file did not have it."""
+        if name not in self.attached:
+            self.attached[name] = self.machine.device(name, trusted=name not in self.setup.untrusted)
+        return self.attached[name]
+
+    def owner_of_timer(self, timer: int) -> Any:
+        """The device whose flush queue has this timer (it lies inside the kernel's IOVA domain); None if unknown."""
+        below = [iovad for iovad in self._iovads if 0 <= timer - iovad < 4096]
+        return self._iovads[max(below)] if below else next(iter(self.attached.values()), None)
+
+    def take_events(self) -> list[Event]:
+        """The machine's events since the last call, and forget them."""
+        taken = list(self.events)
+        self.events.clear()
+        return taken
+
+    def tick(self) -> None:
+        """Let a moment pass, so that timers armed by different calls are due one after the other."""
+        self.machine.clock.advance(1)
+
+    def next_flush(self) -> list[Event]:
+        """Jump to the flush-queue timer that is due next; its events, nothing when none is armed."""
+        clock = self.machine.clock
+        limit = clock.now + FLUSH_WITHIN_NS
+        while (due := clock.next_due()) is not None and due <= limit:
+            clock.advance(due - clock.now)
+            if any(event[0] == "fqto_in" for event in self.events):
+                break
+        return self.take_events()
+
+
+def compared(events: Iterable[Event]) -> list[Event]:
+    """Those of the machine's events that a comparison looks at."""
+    return [tuple(event) for event in events if event[0] in COMPARED]
