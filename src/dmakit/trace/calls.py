@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(slots=True)
 class Call:
-    """One call (or timer): ``kind``, the device's name, numbers by name, and for scatterlists input and output."""
+    """One call (or timer): ``kind``, the device's name, numbers by name; for scatterlists entries, segments, maps."""
 
     kind: str
     stamp: str
@@ -77,6 +77,7 @@ class Call:
     numbers: dict[str, int] = field(default_factory=dict)
     inputs: list[Segment] = field(default_factory=list)
     outputs: list[Segment] = field(default_factory=list)
+    runs: list[Segment] = field(default_factory=list)
     inferred: bool = False
 
     def __getitem__(self, name: str) -> int:
@@ -93,6 +94,7 @@ class CallTrace:
     causes: list[str] = field(default_factory=list)
     other_descriptors: int = 0
     names: set[str] = field(default_factory=set)
+    bounced: set[str] = field(default_factory=set)
     highest_phys: int = 0
     malformed: int = 0
 
@@ -128,6 +130,7 @@ class _Reader:
         self._last_call: dict[int, str] = {}
         self._timer: dict[int, bool] = {}
         self._maps: dict[int, list[Segment]] = {}  # by CPU: (phys, size) of the maps of the call under way
+        self._unsg: dict[int, Call] = {}  # by CPU: an unmap_sg whose IOVA its first unmap will name
         self._sg: dict[int, Call] = {}  # by CPU: the latest dma_map_sg, until its event has named the addresses
 
     def add(self, row: Row) -> None:
@@ -146,6 +149,10 @@ class _Reader:
         event = parse(row.name, row.text) if row.name != "qi_submit" or row.text.startswith("iotlb_inv") else None
         if event is not None:
             self.trace.events.append(event)
+            if event[0] == "tblmap":
+                self.trace.bounced.add(row.fields().get("dev", ""))
+            if event[0] == "unmap" and row.cpu in self._unsg:
+                self._unsg.pop(row.cpu).numbers["iova"] = event[1]
             if event[0] == "map":
                 self._maps.setdefault(row.cpu, []).append((event[2], event[3]))
                 self.trace.highest_phys = max(self.trace.highest_phys, event[2] + event[3])
@@ -162,8 +169,11 @@ class _Reader:
         self._maps.pop(row.cpu, None)
 
     def _entered(self, row: Row, kind: str) -> None:
-        self._calls.append(self._call(row, kind))
+        call = self._call(row, kind)
+        self._calls.append(call)
         self._maps.pop(row.cpu, None)
+        if kind == "unsg":
+            self._unsg[row.cpu] = call
         if kind == "timer":
             self._timer[row.cpu] = True
         else:
@@ -180,7 +190,8 @@ class _Reader:
         entries = [words[i : i + SG_WORDS] for i in range(0, len(words) - SG_WORDS + 1, SG_WORDS)][: call["nents"]]
         whole = len(entries) == call["nents"] and not any(entry[0] & SG_CHAIN for entry in entries)
         call.inferred = not whole
-        call.inputs = [(0, entry[1] >> 32) for entry in entries] if whole else self._maps.get(row.cpu, [])
+        call.runs = self._maps.get(row.cpu, [])
+        call.inputs = [(0, entry[1] >> 32) for entry in entries] if whole else call.runs
         self._sg[row.cpu] = call
 
     def _invalidation(self, row: Row) -> None:

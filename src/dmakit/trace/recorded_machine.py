@@ -98,7 +98,8 @@ class RecordedMachine:
     def device(self, name: str) -> Any:
         """The device ``name``, attached now when the boot file did not have it."""
         if name not in self.attached:
-            self.attached[name] = self.machine.device(name, trusted=name not in self.setup.untrusted)
+            trusted = name not in self.setup.untrusted
+            self.attached[name] = self.machine.device(name, trusted=trusted, unchecked=True)
         return self.attached[name]
 
     def owner_of_timer(self, timer: int) -> Any:
@@ -125,6 +126,12 @@ class RecordedMachine:
             if any(event[0] == "fqto_in" for event in self.events):
                 break
         return self.take_events()
+
+
+def boot_beside(path: Path) -> Path | None:
+    """``NAME.boot.txt`` beside ``NAME.anything``, when it is there."""
+    candidate = path.with_name(path.name.split(".")[0] + ".boot.txt")
+    return candidate if candidate.exists() else None
 
 
 def compared(events: Iterable[Event]) -> list[Event]:

@@ -26,7 +26,6 @@ from dmakit.trace.step_events import Event
 from dmakit.trace.step_file import Step
 
 CACHED_PAGES = 32  # the largest IOVA that magazines hold
-NO_LIMIT = (1 << 52) - 1
 PROT_OF_DIRECTION = {0: PROT_READ | PROT_WRITE, 1: PROT_READ, 2: PROT_WRITE, 3: 0}
 
 
@@ -44,7 +43,7 @@ def adopt_frees(iovad: Any, cpu: int, ours: list[Event], kernel: list[Event]) ->
     for pfn, pages in reversed(done[same:]):
         take_back(iovad, cpu, pfn, pages)
     for pfn, pages in wanted[same:]:
-        iovad.free_fast(cpu, pfn, pages)
+        iovad.free_fast(pfn, pages, cpu=cpu)
 
 
 def take_back(iovad: Any, cpu: int, pfn: int, pages: int) -> None:
@@ -52,7 +51,7 @@ def take_back(iovad: Any, cpu: int, pfn: int, pages: int) -> None:
     if pages > CACHED_PAGES:
         iovad.reserve(pfn, pfn + pages - 1)
         return
-    found = iovad.alloc_fast(cpu, pages, NO_LIMIT, False)
+    found = iovad.alloc_fast(pages, iovad.highest_pfn, False, cpu=cpu)
     if found != pfn:
         raise InputError(f"cannot adopt: the magazine gave pfn {found:#x} where {pfn:#x} had been freed last")
 
@@ -116,11 +115,14 @@ def make_next(iovad: Any, cpu: int, pfn: int, pages: int) -> list[int]:
     if pages <= CACHED_PAGES:
         rounded = 1 << (pages - 1).bit_length()
         iovad.reserve(pfn, pfn + rounded - 1)
-        iovad.free_fast(cpu, pfn, rounded)
+        iovad.free_fast(pfn, rounded, cpu=cpu)
         return []
     held = []
     above = pfn + pages
-    for lo, hi in [*sorted(node for node in iovad.nodes() if node[0] >= above), (NO_LIMIT + 1, NO_LIMIT + 1)]:
+    for lo, hi in [
+        *sorted(node for node in iovad.nodes() if node[0] >= above),
+        (iovad.highest_pfn + 1, iovad.highest_pfn + 1),
+    ]:
         if lo > above:
             iovad.reserve(above, lo - 1)
             held.append(above)

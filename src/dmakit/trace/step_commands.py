@@ -125,7 +125,7 @@ class Commands:
         return {"phys": phys, "ret": int(bool(slot.state)), **self._state(slot), "look": slot}
 
     def _state(self, slot: Slot) -> Answer:
-        return {"addr": slot.state.addr, "size": slot.state.raw_size}
+        return {"addr": slot.state.addr, "size": slot.state.size_word}
 
     def _call(self, slot: Slot, function: Callable[..., Any], *arguments: Any) -> Answer:
         """Run a call of the two-step API that may refuse; ``ret`` and the state afterwards."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from dmakit.dma.defects import defects_of
 from dmakit.trace import step_adopt
-from dmakit.trace.recorded_machine import compared
+from dmakit.trace.recorded_machine import boot_beside, compared
 from dmakit.trace.step_bench import Bench, Slot
 from dmakit.trace.step_commands import Answer, Commands
 from dmakit.trace.step_events import Event, Flush, KernelEvents, separate, warning_function
@@ -100,18 +100,13 @@ class StepsResult:
 def replay_steps(path: str | Path, *, boot: str | Path | None = None, defects: tuple[str, ...] = ()) -> StepsResult:
     """Replay the step file ``path``; ``boot`` defaults to ``NAME.boot.txt`` beside it. InputError for bad files."""
     file = load_steps(path)
-    boot_path = Path(boot) if boot else _boot_beside(file.path)
+    boot_path = Path(boot) if boot else boot_beside(file.path)
     on = tuple(defect.name for defect in defects_of(defects))
     result = _Replay(file, boot_path, on).run()
     missing = [defect.name for defect in defects_of(RECORDED_KERNEL) if defect.name not in on]
     if result.differences and missing:
         result.differences = _explain(file, boot_path, on, missing, result.differences)
     return result
-
-
-def _boot_beside(path: Path) -> Path | None:
-    candidate = path.with_name(path.name.split(".")[0] + ".boot.txt")
-    return candidate if candidate.exists() else None
 
 
 def _explain(
