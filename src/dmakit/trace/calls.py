@@ -13,19 +13,14 @@ where the map ends (exact when entries end on pages).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dmakit.trace.step_events import Event, parse
-from dmakit.trace.step_file import read_text
+from dmakit.trace.columns import Trace, load
+from dmakit.trace.step_events import Event
 
 Segment = tuple[int, int]
-
-_LINE = re.compile(r"\s*.*?-(\d+)\s+(?:\(.*?\)\s+)?\[(\d+)\]\s+(?:\S+\s+)?([\d.]+): (\w+): (.*)")
-_LIST = re.compile(r"(\w+)=\{([^}]+)\}")
-_PAIR = re.compile(r'(\w+)=(?:"([^"]*)"|(\{[^}]*\}|\S+))')
 
 #: Return events of calls, by kind.
 RETURNS = {
@@ -51,19 +46,35 @@ SG_WORDS = 4  # 64-bit words of one scatterlist entry: page_link, offset and len
 SG_CHAIN = 1  # page_link bit: the entry links to another table
 
 
+#: What a compared event is made of: its name in our machine's vocabulary and the trace's columns.
+EVENTS = {
+    "ff_in": ("ff_in", "pfn", "size"),
+    "map": ("map", "iova", "paddr", "size"),
+    "unmap": ("unmap", "iova", "size", "unmapped"),
+    "syncmap_in": ("syncmap_in", "iova", "size"),
+    "tlbsync_in": ("tlbsync_in", "start", "end", "queued"),
+    "cache_tag_flush_range": ("flush_range", "start", "end", "addr", "mask"),
+    "cache_tag_flush_range_np": ("flush_range_np", "start", "end", "addr", "mask"),
+    "qi_submit": ("qi", "qw0", "qw1"),
+    "swiotlb_bounced": ("swiotlb_bounced", "dev_addr", "size"),
+    "tblmap_out": ("tblmap", "phys", "size", "ret"),
+    "tblunmap_in": ("tblunmap", "tlb", "size"),
+    "blink_in": ("blink", "addr", "phys", "len"),
+}
+WORDS = frozenset({"dev", "type", "iommu", "force"})
+OTHERS = ("dma_map_sg", "fqto_out", "all_in")
+
+
 @dataclass(slots=True)
 class Row:
-    """One line of the trace: stamp, pid, CPU, event and its text."""
+    """One event: its stamp, CPU, name, numbers by column, the device it names and its lists."""
 
-    stamp: str
-    pid: int
+    stamp: int
     cpu: int
     name: str
-    text: str
-
-    def fields(self) -> dict[str, str]:
-        """``key=value`` pairs of the text."""
-        return {key: quoted or bare for key, quoted, bare in _PAIR.findall(self.text)}
+    numbers: dict[str, int]
+    words: dict[str, str]
+    lists: dict[str, list[int]]
 
 
 @dataclass(slots=True)
@@ -71,7 +82,7 @@ class Call:
     """One call (or timer): ``kind``, the device's name, numbers by name; for scatterlists entries, segments, maps."""
 
     kind: str
-    stamp: str
+    stamp: int
     cpu: int
     device: str = ""
     numbers: dict[str, int] = field(default_factory=dict)
@@ -99,23 +110,33 @@ class CallTrace:
     malformed: int = 0
 
 
-def rows(path: Path) -> Iterator[Row | None]:
-    """The lines of a trace; None for a line that is neither a comment nor an event."""
-    for line in read_text(path).splitlines():
-        if match := _LINE.match(line):
-            yield Row(match[3], int(match[1]), int(match[2]), match[4], match[5])
-        elif line.strip() and not line.startswith("#"):
-            yield None
+def rows(trace: Trace) -> Iterator[Row]:
+    """The events that calls are made of, in order."""
+    names = (*RETURNS, *ENTRIES, *EVENTS, *OTHERS)
+    places = [(seq, name, i) for name in names for i, seq in enumerate(trace.table(name).seq.tolist())]
+    for _, name, i in sorted(places):
+        yield _row(trace, name, i)
+
+
+def _row(trace: Trace, name: str, i: int) -> Row:
+    table = trace.table(name)
+    row = Row(int(table.stamp[i]), int(table.cpu[i]), name, {}, {}, {})
+    for column, values in table.fields.items():
+        if f"{column}.count" in table.fields:
+            row.lists[column] = trace.elements(table, column, i)
+        elif column in WORDS:
+            row.words[column] = trace.word(int(values[i]))
+        else:
+            row.numbers[column] = int(values[i])
+    return row
 
 
 def read_calls(path: str | Path) -> CallTrace:
     """Calls and compared events of the trace ``path``; InputError when it cannot be read."""
-    reader = _Reader(CallTrace(Path(path)))
-    for row in rows(reader.trace.path):
-        if row is None:
-            reader.trace.malformed += 1
-        else:
-            reader.add(row)
+    scanned = load(path)
+    reader = _Reader(CallTrace(Path(path), names=set(scanned.present()), malformed=scanned.malformed))
+    for row in rows(scanned):
+        reader.add(row)
     return reader.finish()
 
 
@@ -134,8 +155,7 @@ class _Reader:
         self._sg: dict[int, Call] = {}  # by CPU: the latest dma_map_sg, until its event has named the addresses
 
     def add(self, row: Row) -> None:
-        """Take in one line."""
-        self.trace.names.add(row.name)
+        """Take in one event."""
         if row.name == "syncmap_in":
             self._placed.setdefault(row.cpu, []).append(len(self._calls))
             self._calls.append(None)
@@ -144,21 +164,24 @@ class _Reader:
         elif row.name in ENTRIES:
             self._entered(row, ENTRIES[row.name])
         elif row.name == "dma_map_sg" and row.cpu in self._sg:
-            _name_segments(self._sg.pop(row.cpu), row.text)
+            _name_segments(self._sg.pop(row.cpu), row.lists)
         self._invalidation(row)
-        event = parse(row.name, row.text) if row.name != "qi_submit" or row.text.startswith("iotlb_inv") else None
-        if event is not None:
-            self.trace.events.append(event)
-            if event[0] == "tblmap":
-                self.trace.bounced.add(row.fields().get("dev", ""))
-            if event[0] == "unmap" and row.cpu in self._unsg:
-                self._unsg.pop(row.cpu).numbers["iova"] = event[1]
-            if event[0] == "map":
-                self._maps.setdefault(row.cpu, []).append((event[2], event[3]))
-                self.trace.highest_phys = max(self.trace.highest_phys, event[2] + event[3])
+        if row.name in EVENTS and (row.name != "qi_submit" or row.words["type"] == "iotlb_inv"):
+            name, *columns = EVENTS[row.name]
+            self._event(row, (name, *(row.numbers[column] for column in columns)))
+
+    def _event(self, row: Row, event: Event) -> None:
+        self.trace.events.append(event)
+        if event[0] == "tblmap":
+            self.trace.bounced.add(row.words["dev"])
+        elif event[0] == "unmap" and row.cpu in self._unsg:
+            self._unsg.pop(row.cpu).numbers["iova"] = event[1]
+        elif event[0] == "map":
+            self._maps.setdefault(row.cpu, []).append((event[2], event[3]))
+            self.trace.highest_phys = max(self.trace.highest_phys, event[2] + event[3])
 
     def _returned(self, row: Row, kind: str) -> None:
-        call = self._call(row, kind)
+        call = Call(kind, row.stamp, row.cpu, row.words["dev"], row.numbers)
         places = self._placed.get(row.cpu, [])
         if kind in SYNCING and places:
             self._calls[places.pop()] = call
@@ -169,7 +192,7 @@ class _Reader:
         self._maps.pop(row.cpu, None)
 
     def _entered(self, row: Row, kind: str) -> None:
-        call = self._call(row, kind)
+        call = Call(kind, row.stamp, row.cpu, row.words.get("dev", ""), row.numbers)
         self._calls.append(call)
         self._maps.pop(row.cpu, None)
         if kind == "unsg":
@@ -179,14 +202,9 @@ class _Reader:
         else:
             self._last_call[row.cpu] = kind
 
-    def _call(self, row: Row, kind: str) -> Call:
-        fields = row.fields()
-        numbers = {key: int(value, 0) for key, value in fields.items() if re.fullmatch(r"-?\d+|0x[0-9a-f]+", value)}
-        return Call(kind, row.stamp, row.cpu, fields.get("dev", ""), numbers)
-
     def _scatterlist(self, row: Row, call: Call) -> None:
         """Lengths of the input entries, from the dump where it holds the whole list, else from the maps."""
-        words = [int(word, 16) for word in row.fields().get("sg", "{}").strip("{}").split(",") if word]
+        words = row.lists["sg"]
         entries = [words[i : i + SG_WORDS] for i in range(0, len(words) - SG_WORDS + 1, SG_WORDS)][: call["nents"]]
         whole = len(entries) == call["nents"] and not any(entry[0] & SG_CHAIN for entry in entries)
         call.inferred = not whole
@@ -205,7 +223,7 @@ class _Reader:
         elif row.name == "syncmap_in":
             self._trigger[row.cpu] = "map-side sync"
         elif row.name == "qi_submit":
-            if row.text.startswith("iotlb_inv"):
+            if row.words["type"] == "iotlb_inv":
                 self.trace.causes.append(self._trigger.pop(row.cpu, ""))
             else:
                 self.trace.other_descriptors += 1
@@ -216,17 +234,16 @@ class _Reader:
         return self.trace
 
 
-def _name_segments(call: Call, text: str) -> None:
+def _name_segments(call: Call, lists: dict[str, list[int]]) -> None:
     """Fill in addresses: input entries and output segments, as the ``dma_map_sg`` event lists them."""
-    lists = {key: [int(word, 16) for word in words.split(",")] for key, words in _LIST.findall(text)}
-    addresses = lists.get("phys_addrs", [])
+    addresses = lists["phys_addrs"]
     if len(addresses) != call["nents"]:
         call.inputs = []  # the event lists at most 128 entries
     elif call.inferred:
-        call.inputs = _inferred(addresses, call.inputs, sum(lists.get("sizes", ())))
+        call.inputs = _inferred(addresses, call.inputs, sum(lists["sizes"]))
     else:
         call.inputs = [(phys, size) for phys, (_, size) in zip(addresses, call.inputs, strict=True)]
-    call.outputs = list(zip(lists.get("dma_addrs", ()), lists.get("sizes", ()), strict=True))
+    call.outputs = list(zip(lists["dma_addrs"], lists["sizes"], strict=False))
 
 
 def _inferred(addresses: list[int], maps: list[Segment], total: int) -> list[Segment]:

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmakit.platform.soft import Machine
+from dmakit.platform.soft import HIGH_RAM_START, LOW_RAM_END, Machine
 from dmakit.trace.step_events import COMPARED, Event
 from dmakit.trace.step_file import read_text
+from dmakit.units import GIB, MIB
 
-POOL_SIZE = 512 << 20  # tables and coherent memory: RAM above everything that the recording names
+POOL_SIZE = 512 * MIB  # coherent memory: RAM above everything that the recording names; tables lie above it
 BOUNCE_START = 0x7BFD_D000  # where a 64 MiB pool lay in every recording with RAM above 2 GiB
-BOUNCE_SIZE = 64 << 20
+BOUNCE_SIZE = 64 * MIB
 FLUSH_WITHIN_NS = 10_000_000  # IOVA_FQ_TIMEOUT
 ALL_ONES = (1 << 64) - 1
 
@@ -70,10 +71,10 @@ class RecordedMachine:
     """The machine and its devices by name, its events collected in ``events``."""
 
     def __init__(self, setup: Setup) -> None:
-        pool = (max(setup.highest_phys, 4 << 30) + (1 << 30) - 1) & ~((1 << 30) - 1)
+        pool = (max(setup.highest_phys, HIGH_RAM_START) + GIB - 1) & ~(GIB - 1)
         self.setup = setup
         self.machine = Machine(
-            ram=pool + POOL_SIZE,
+            ram=LOW_RAM_END + pool + GIB - HIGH_RAM_START,
             cpus=setup.cpus,
             iommu="vtd",
             mode="strict" if setup.strict else "lazy",
@@ -81,6 +82,7 @@ class RecordedMachine:
             swiotlb=(setup.bounce_start, BOUNCE_SIZE),
             pool=(pool, POOL_SIZE),
             defects=setup.defects,
+            **({"reserved": ()} if setup.boot else {}),
         )
         self.events: list[Event] = []
         self.machine.record_events(self.events)
@@ -114,8 +116,11 @@ class RecordedMachine:
         return taken
 
     def tick(self) -> None:
-        """Let a moment pass, so that timers armed by different calls are due one after the other."""
-        self.machine.clock.advance(1)
+        """Let a moment pass, so that timers armed by different calls fall due one after the other; none fires."""
+        clock = self.machine.clock
+        due = clock.next_due()
+        if due is None or due > clock.now + 1:
+            clock.advance(1)
 
     def next_flush(self) -> list[Event]:
         """Jump to the flush-queue timer that is due next; its events, nothing when none is armed."""

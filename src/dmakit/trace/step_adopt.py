@@ -60,9 +60,9 @@ def adopt_tables(bench: Bench, slot: Slot, runs: list[list[int]]) -> None:
     """Make the translations of the slot's range those of ``runs`` ([offset, phys, length])."""
     domain = bench.devices[slot.device].domain
     prot_at: dict[int, int] = {}
-    for iova, size, entry in domain.leaves(slot.base, slot.span):
-        prot_at[iova] = entry & (PROT_READ | PROT_WRITE)
-        domain.unmap(iova, size)
+    for leaf in domain.table.leaves(slot.base, slot.span):
+        prot_at[leaf.iova] = leaf.entry & (PROT_READ | PROT_WRITE)
+        domain.unmap(leaf.iova, leaf.size)
     prot = next(iter(prot_at.values()), PROT_OF_DIRECTION[slot.direction])
     for offset, phys, size in runs:
         prot = prot_at.get(slot.base + offset, prot)

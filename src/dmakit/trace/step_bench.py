@@ -80,14 +80,19 @@ class Bench(RecordedMachine):
         return runs
 
     def leaves(self, slot: Slot) -> list[dict[str, Any]]:
-        """Leaf entries that begin in the slot's range, runs of the same kind folded, as the recorder folds them."""
+        """Leaf entries that begin in the slot's range; runs of 4 KiB leaves folded, as the recorder folds them."""
         rows: list[list[int]] = []
-        for iova, size, entry in self.devices[slot.device].domain.leaves(slot.base, slot.span):
+        for iova, _, size, _, entry in self.devices[slot.device].domain.table.leaves(slot.base, slot.span):
             offset = iova - slot.base
             if offset < 0:
                 continue
             last = rows[-1] if rows else None
-            if last and last[2] == size and last[3] & 0xFFF == entry & 0xFFF and last[0] + last[1] * size == offset:
+            if (
+                last
+                and last[2] == size == 4096
+                and (last[3] ^ entry) & 0xFFF == 0
+                and last[0] + last[1] * size == offset
+            ):
                 last[1] += 1
             else:
                 rows.append([offset, 1, size, entry])
@@ -101,10 +106,9 @@ def _pieces(domain: Any, slot: Slot) -> list[tuple[int, int, int]]:
     """(offset, size, phys) of each leaf's part inside the slot's range."""
     end = slot.base + slot.span
     pieces = []
-    for iova, size, entry in domain.leaves(slot.base, slot.span):
-        start, stop = max(iova, slot.base), min(iova + size, end)
-        phys = (entry & 0x000F_FFFF_FFFF_F000 & ~(size - 1)) + start - iova
-        pieces.append((start - slot.base, stop - start, phys))
+    for leaf in domain.table.leaves(slot.base, slot.span):
+        start, stop = max(leaf.iova, slot.base), min(leaf.iova + leaf.size, end)
+        pieces.append((start - slot.base, stop - start, leaf.phys + start - leaf.iova))
     return pieces
 
 

@@ -41,7 +41,8 @@ class Commands:
         if "look" in answer:
             self._describe(answer.pop("look"), answer)
         answer["events"] = compared(events)
-        answer["warn"] = [warning_function(event[1]) for event in events if event[0] == "warn"]
+        warned = [warning_function(event[1]) for event in events if event[0] == "warn"]
+        answer["warn"] = [function for function in warned if function]  # a message (dev_warn) is not a WARNING
         return answer
 
     def _describe(self, slot: Slot, answer: Answer) -> None:

@@ -123,6 +123,6 @@ def _timer(text: str) -> int:
 
 
 def warning_function(text: str) -> str:
-    """The kernel function of a warning: ``WARNING: at f+0x1/0x2, CPU…`` and our ``f: reason`` give ``f``."""
-    match = re.match(r"(?:WARNING: .*?at )?([A-Za-z_]\w*)", text)
-    return match[1] if match else text
+    """The kernel function of a WARNING: ``WARNING: at f+0x1/0x2, CPU…`` and our ``f: reason`` give ``f``; else ''."""
+    match = re.match(r"WARNING: .*?at ([A-Za-z_]\w*)|([A-Za-z_]\w*): ", text)
+    return (match[1] or match[2]) if match else ""

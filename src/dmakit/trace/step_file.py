@@ -13,12 +13,12 @@ Vocabulary: a *slot* (``S``) holds one mapping of the module, a *device number* 
 from __future__ import annotations
 
 import json
-import lzma
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dmakit.errors import InputError
+from dmakit.trace.archive import read_all
 
 Record = dict[str, Any]
 
@@ -63,18 +63,18 @@ class StepFile:
 
 
 def read_text(path: Path) -> str:
-    """The text of a plain or xz-compressed file; InputError when it cannot be read."""
+    """The text of a plain or compressed file; InputError when it cannot be read."""
+    data = read_all(path)
     try:
-        data = path.read_bytes()
-        if data[:6] == b"\xfd7zXZ\x00":
-            data = lzma.decompress(data)
         return data.decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (lzma.LZMAError, EOFError) as error:
-        raise InputError(f"{path}: broken or truncated xz archive: {error}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not text: byte {error.start} is not UTF-8") from None
+
+
+def is_step_file(path: str | Path) -> bool:
+    """Whether the first line of the file is a step (the dispatch of ``dmakit replay``)."""
+    first = next((line for line in read_text(Path(path)).splitlines() if line.strip()), "")
+    return is_step_record(first)
 
 
 def is_step_record(line: str) -> bool:

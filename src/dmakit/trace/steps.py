@@ -190,7 +190,8 @@ class _Replay:
         self, step: Step, answer: Answer, recorded: KernelEvents, flushes: list[list[Event]], expected: list[Flush]
     ) -> list[StepDifference]:
         kernel = {key: value for key, value in step.record.items() if key in FIELDS}
-        kernel["warn"] = [warning_function(text) for text in step.record.get("warn", ())]
+        warned = [warning_function(text) for text in step.record.get("warn", ())]
+        kernel["warn"] = [function for function in warned if function]
         kernel["events"] = recorded.own
         kernel["after"] = [flush.events for flush in expected]
         ours = {key: value for key, value in answer.items() if key in FIELDS} | {"after": flushes}
