@@ -71,6 +71,14 @@ class IovaSearch:
         self._inserted(node)
         return pfn
 
+    def hints(self) -> tuple[int, int, int]:
+        """Where a search starts: first pfns of the cached and the cached 32-bit node (0: none), max32_alloc_size."""
+        return 0, 0, int(self.max32_alloc_size)
+
+    def set_hints(self, hints: tuple[int, int, int]) -> None:
+        """Put the ``hints`` of an earlier moment back, for a replay that takes back what came after it."""
+        self.max32_alloc_size = hints[2]
+
     def _remove(self, node: cython.int) -> cython.void:
         """Free the whole range of ``node``."""
         self._removing(node)
@@ -101,6 +109,19 @@ class LinuxSearch(IovaSearch):
         IovaSearch.__init__(self, start_pfn, dma_32bit_pfn, False)
         self.cached_node = IOVA_ANCHOR
         self.cached32_node = IOVA_ANCHOR
+
+    def hints(self) -> tuple[int, int, int]:
+        """See ``IovaSearch.hints``."""
+        lo = self.tree.lo
+        return int(lo[self.cached_node]), int(lo[self.cached32_node]), int(self.max32_alloc_size)
+
+    def set_hints(self, hints: tuple[int, int, int]) -> None:
+        """See ``IovaSearch.set_hints``; a node that is gone leaves the search to start from the top."""
+        node: cython.int = self.tree._find(hints[0])
+        self.cached_node = node if node > IOVA_ANCHOR else IOVA_ANCHOR
+        node = self.tree._find(hints[1])
+        self.cached32_node = node if node > IOVA_ANCHOR else IOVA_ANCHOR
+        self.max32_alloc_size = hints[2]
 
     def _place(self, size: cython.ulonglong, limit: cython.ulonglong) -> cython.ulonglong:
         """Two passes: below the cached node, then from ``limit`` down to it."""

@@ -20,27 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dmakit.consts import L_IOVA_TREE
 from dmakit.errors import DmakitError
-from dmakit.trace.calls import Call, CallTrace, read_calls
+from dmakit.trace.calls import EVENTS, Call, CallTrace, read_calls
 from dmakit.trace.recorded_machine import ALL_ONES, BOUNCE_START, RecordedMachine, Setup, boot_beside, compared
 from dmakit.trace.step_adopt import CACHED_PAGES, make_next, take_back
 from dmakit.trace.step_events import Event
 
-#: Streams and what of an event is compared (coherent memory lies at other physical pages here).
-STREAMS: dict[str, Callable[[Event], Event]] = {
-    "qi": tuple,
-    "flush_range": tuple,
-    "flush_range_np": tuple,
-    "tlbsync_in": tuple,
-    "syncmap_in": tuple,
-    "map": lambda event: (event[1], event[3]),
-    "unmap": tuple,
-    "blink": tuple,
-    "swiotlb_bounced": tuple,
-    "tblmap": tuple,
-    "tblunmap": tuple,
-    "ff_in": tuple,
-}
 MAP_SIDE = frozenset({"sync", "map", "sg", "alloc", "link"})
 
 
@@ -112,7 +98,10 @@ class CallsResult:
         inv, sg = self.invalidations, self.scatterlists
         lines = [f"{self.file}: {self.answers_equal} of {self.calls} calls answered as the kernel did"]
         causes = ", ".join(f"{cause} {count}" for cause, count in inv.causes.items())
-        lines.append(f"  invalidations: {inv.explained} of {inv.descriptors} explained and equal ({causes or 'none'})")
+        if "qi" in self.streams:
+            lines.append(f"  invalidations: {inv.explained} of {inv.descriptors} explained and equal ({causes})")
+        else:
+            lines.append("  invalidations: the trace has no qi_submit events (record intel_iommu:qi_submit)")
         if sg.lists:
             lines.append(
                 f"  scatterlists: {sg.complete_equal} of {sg.complete} with recorded lengths and {sg.inferred_equal}"
@@ -154,7 +143,7 @@ def _setup(trace: CallTrace, boot: Path | None, defects: tuple[str, ...]) -> Set
         boot=boot,
         untrusted=frozenset(trace.bounced),
         strict=not trace.names & {"fqring_in", "fqto_in"},
-        caching_mode=bool(trace.names & {"cflushnp_in", "cache_tag_flush_range_np"}),
+        caching_mode=trace.caching_mode,
         cpus=1 + max((call.cpu for call in trace.calls), default=0),
         bounce_start=slots[0] & ~4095 if slots else BOUNCE_START,
         highest_phys=trace.highest_phys,
@@ -190,7 +179,7 @@ class _CallReplay:
             self.bench.tick()
             equal += self._call(call)
             taken = self.bench.take_events()
-            self.events += compared(taken)
+            self.events += [event for event in compared(taken) if (call.kind, event[0]) != ("alloc", "map")]
             self.causes += [_cause(call)] * sum(event[0] == "qi" for event in taken)
         return CallsResult(
             file=str(self.trace.path),
@@ -200,7 +189,11 @@ class _CallReplay:
             unknown_mappings=self.unknown,
             invalidations=self._invalidations(),
             scatterlists=self.lists,
-            streams={name: _stream(name, self.trace.events, self.events) for name in STREAMS},
+            streams={
+                name: _stream(name, self.trace.events, self.events)
+                for source, (name, *_) in EVENTS.items()
+                if source in self.trace.names
+            },
             malformed_lines=self.trace.malformed,
             first=self.first,
         )
@@ -251,11 +244,13 @@ class _CallReplay:
     def _window(self, device: Any, call: Call, wanted: int, pages: int, make: Callable[[], Any]) -> Any:
         """Make something that takes an IOVA; when it is not the kernel's, adopt the kernel's and make it again."""
         before = len(self.bench.events)
+        searched = self.bench.machine.ledger.counts[L_IOVA_TREE]
         made = make()
+        from_tree = self.bench.machine.ledger.counts[L_IOVA_TREE] != searched
         addr = _address(made)
         if addr >> 12 == wanted >> 12 or not addr or wanted in (0, ALL_ONES):
             return made
-        _give_back(device, call, made, pages)
+        _give_back(device, call, made, pages, from_tree)
         held = make_next(device.iovad, call.cpu, wanted >> 12, pages)
         del self.bench.events[before:]
         self.adopted += 1
@@ -384,20 +379,21 @@ def _address(made: Any) -> int:
     return int(made.addr)
 
 
-def _give_back(device: Any, call: Call, made: Any, pages: int) -> None:
-    """Undo what a call made, so that its IOVA is free in the tree and in no magazine."""
-    pfn = _address(made) >> 12
-    if call.kind == "try":
-        made.free()
+def _give_back(device: Any, call: Call, made: Any, pages: int, from_tree: bool) -> None:
+    """Undo what a call made: its IOVA goes back to where it came from, a magazine or the tree."""
+    iova = _address(made) & ~4095
+    if call.kind in ("map", "sg") and device.flush_queue is not None:  # not through the queue: it never happened
+        device.domain.unmap(iova, pages << 12)
+        device.iovad.free_fast(iova >> 12, pages, cpu=call.cpu)
     elif call.kind == "map":
         device.unmap_phys(made, call["size"], call["dir"], call.numbers.get("attrs", 0), cpu=call.cpu)
     elif call.kind == "sg":
         device.unmap_sg(made, cpu=call.cpu)
     else:
         made.free()
-    if call.kind == "try" and pages <= CACHED_PAGES:
-        take_back(device.iovad, call.cpu, pfn, pages)
-        device.iovad.free(pfn)
+    if from_tree and pages <= CACHED_PAGES and (call.kind != "alloc" or device.flush_queue is None):
+        take_back(device.iovad, call.cpu, iova >> 12, pages)
+        device.iovad.free(iova >> 12)
 
 
 def _cause(call: Call) -> str:
@@ -408,9 +404,8 @@ def _cause(call: Call) -> str:
 
 
 def _stream(name: str, kernel: list[Event], ours: list[Event]) -> Stream:
-    key = STREAMS[name]
-    theirs = [key(event) for event in kernel if event[0] == name]
-    mine = [key(event) for event in ours if event[0] == name]
+    theirs = [event for event in kernel if event[0] == name]
+    mine = [event for event in ours if event[0] == name]
     equal = sum(a == b for a, b in zip(theirs, mine, strict=False))
     stream = Stream(len(theirs), len(mine), equal)
     if theirs != mine:

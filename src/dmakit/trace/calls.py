@@ -1,9 +1,9 @@
 """DMA API calls in a kernel trace, in the order in which they took effect.
 
 A call shows itself at its return (``try_out``, ``link_out``, ``mp_out`` …, with its result) or at its entry
-(``ump_in``, ``destroy_in`` …, everything it does follows). A call that maps and then syncs takes its place where its
-sync is seen (``syncmap_in``): what an interrupt does between that and the return comes after it. Timers stand where
-they fired.
+(``ump_in``, ``destroy_in`` …, everything it does follows). A call that returns late takes its place where its effect is
+seen: in caching mode where it syncs (``syncmap_in``: that is its invalidation), else where it allocates
+(``alloc_out``); what an interrupt does between that and the return comes after it. Timers stand where they fired.
 
 Scatterlists: ``dma_map_sg`` names every entry's address and every output segment. Input lengths are in the recorder's
 dump of the first entries (words: ``page_link``, offset and length, DMA address, DMA length); a list that is longer or
@@ -21,6 +21,7 @@ from dmakit.trace.columns import Trace, load
 from dmakit.trace.step_events import Event
 
 Segment = tuple[int, int]
+Task = tuple[int, int]
 
 #: Return events of calls, by kind.
 RETURNS = {
@@ -31,8 +32,9 @@ RETURNS = {
     "mapsg_out": "sg",
     "al_out": "alloc",
 }
-#: Kinds that take effect at their ``syncmap_in``.
+#: Kinds that sync, and kinds that allocate: what an interrupt does after that comes after the call.
 SYNCING = frozenset({"sync", "map", "sg", "alloc"})
+ALLOCATING = frozenset({"try", "map", "sg", "alloc"})
 ENTRIES = {
     "unlink_in": "unlink",
     "destroy_in": "destroy",
@@ -62,19 +64,25 @@ EVENTS = {
     "blink_in": ("blink", "addr", "phys", "len"),
 }
 WORDS = frozenset({"dev", "type", "iommu", "force"})
-OTHERS = ("dma_map_sg", "fqto_out", "all_in")
+OTHERS = ("alloc_out", "mapsg_in", "dma_map_sg", "fqto_out", "all_in")
 
 
 @dataclass(slots=True)
 class Row:
-    """One event: its stamp, CPU, name, numbers by column, the device it names and its lists."""
+    """One event: its stamp, CPU, task's pid, name, numbers and words by column, and its lists."""
 
     stamp: int
     cpu: int
+    pid: int
     name: str
     numbers: dict[str, int]
     words: dict[str, str]
     lists: dict[str, list[int]]
+
+    @property
+    def task(self) -> Task:
+        """Who ran: a task keeps its pid when it moves to another CPU, the idle tasks (pid 0) are told by CPU."""
+        return self.pid, self.cpu if self.pid == 0 else -1
 
 
 @dataclass(slots=True)
@@ -109,6 +117,11 @@ class CallTrace:
     highest_phys: int = 0
     malformed: int = 0
 
+    @property
+    def caching_mode(self) -> bool:
+        """Did the recorded IOMMU cache entries that are not present?"""
+        return bool(self.names & {"cflushnp_in", "cache_tag_flush_range_np"})
+
 
 def rows(trace: Trace) -> Iterator[Row]:
     """The events that calls are made of, in order."""
@@ -120,7 +133,7 @@ def rows(trace: Trace) -> Iterator[Row]:
 
 def _row(trace: Trace, name: str, i: int) -> Row:
     table = trace.table(name)
-    row = Row(int(table.stamp[i]), int(table.cpu[i]), name, {}, {}, {})
+    row = Row(int(table.stamp[i]), int(table.cpu[i]), int(table.pid[i]), name, {}, {}, {})
     for column, values in table.fields.items():
         if f"{column}.count" in table.fields:
             row.lists[column] = trace.elements(table, column, i)
@@ -141,30 +154,36 @@ def read_calls(path: str | Path) -> CallTrace:
 
 
 class _Reader:
-    """Collects rows into calls: a stack per CPU, since an interrupt's calls nest inside what it interrupted."""
+    """Collects rows into calls: a stack per task, since an interrupt's calls nest inside what it interrupted."""
 
     def __init__(self, trace: CallTrace) -> None:
         self.trace = trace
-        self._placed: dict[int, list[int]] = {}  # by CPU: indices of places that wait for their call's return
+        self._marks = ("syncmap_in",) if trace.caching_mode else ("alloc_out",)
+        self._placed: dict[Task, list[int]] = {}  # by task: indices of places that wait for their call's return
         self._calls: list[Call | None] = []
-        self._trigger: dict[int, str] = {}  # by CPU: what the next invalidation will be caused by
-        self._last_call: dict[int, str] = {}
-        self._timer: dict[int, bool] = {}
-        self._maps: dict[int, list[Segment]] = {}  # by CPU: (phys, size) of the maps of the call under way
-        self._unsg: dict[int, Call] = {}  # by CPU: an unmap_sg whose IOVA its first unmap will name
-        self._sg: dict[int, Call] = {}  # by CPU: the latest dma_map_sg, until its event has named the addresses
+        self._trigger: dict[Task, str] = {}  # by task: what the next invalidation will be caused by
+        self._last_call: dict[Task, str] = {}
+        self._timer: dict[Task, bool] = {}
+        self._maps: dict[Task, list[Segment]] = {}  # by task: (phys, size) of the maps of the call under way
+        self._map_places: dict[Task, list[int]] = {}  # by task: where those maps are in ``trace.events``
+        self._ignored: set[int] = set()
+        self._entry: dict[Task, dict[str, int]] = {}  # by task: direction and attributes, seen only at map_sg's entry
+        self._unsg: dict[Task, Call] = {}  # by task: an unmap_sg whose IOVA its first unmap will name
+        self._sg: dict[Task, Call] = {}  # by task: the latest dma_map_sg, until its event has named the addresses
 
     def add(self, row: Row) -> None:
         """Take in one event."""
-        if row.name == "syncmap_in":
-            self._placed.setdefault(row.cpu, []).append(len(self._calls))
+        if row.name in self._marks:
+            self._placed.setdefault(row.task, []).append(len(self._calls))
             self._calls.append(None)
         elif row.name in RETURNS:
             self._returned(row, RETURNS[row.name])
         elif row.name in ENTRIES:
             self._entered(row, ENTRIES[row.name])
-        elif row.name == "dma_map_sg" and row.cpu in self._sg:
-            _name_segments(self._sg.pop(row.cpu), row.lists)
+        elif row.name == "mapsg_in":
+            self._entry[row.task] = row.numbers
+        elif row.name == "dma_map_sg" and row.task in self._sg:
+            _name_segments(self._sg.pop(row.task), row.lists)
         self._invalidation(row)
         if row.name in EVENTS and (row.name != "qi_submit" or row.words["type"] == "iotlb_inv"):
             name, *columns = EVENTS[row.name]
@@ -174,62 +193,71 @@ class _Reader:
         self.trace.events.append(event)
         if event[0] == "tblmap":
             self.trace.bounced.add(row.words["dev"])
-        elif event[0] == "unmap" and row.cpu in self._unsg:
-            self._unsg.pop(row.cpu).numbers["iova"] = event[1]
+        elif event[0] == "unmap" and row.task in self._unsg:
+            self._unsg.pop(row.task).numbers["iova"] = event[1]
         elif event[0] == "map":
-            self._maps.setdefault(row.cpu, []).append((event[2], event[3]))
+            self._maps.setdefault(row.task, []).append((event[2], event[3]))
+            self._map_places.setdefault(row.task, []).append(len(self.trace.events) - 1)
             self.trace.highest_phys = max(self.trace.highest_phys, event[2] + event[3])
 
     def _returned(self, row: Row, kind: str) -> None:
         call = Call(kind, row.stamp, row.cpu, row.words["dev"], row.numbers)
-        places = self._placed.get(row.cpu, [])
-        if kind in SYNCING and places:
+        places = self._placed.get(row.task, [])
+        if places and kind in (SYNCING if self.trace.caching_mode else ALLOCATING):
             self._calls[places.pop()] = call
         else:
             self._calls.append(call)
         if kind == "sg":
             self._scatterlist(row, call)
-        self._maps.pop(row.cpu, None)
+        if kind == "alloc":  # coherent memory lies at pages of its own here: its maps are not compared
+            self._ignored.update(self._map_places.get(row.task, ()))
+        self._forget_maps(row.task)
+
+    def _forget_maps(self, task: Task) -> None:
+        self._maps.pop(task, None)
+        self._map_places.pop(task, None)
 
     def _entered(self, row: Row, kind: str) -> None:
         call = Call(kind, row.stamp, row.cpu, row.words.get("dev", ""), row.numbers)
         self._calls.append(call)
-        self._maps.pop(row.cpu, None)
+        self._forget_maps(row.task)
         if kind == "unsg":
-            self._unsg[row.cpu] = call
+            self._unsg[row.task] = call
         if kind == "timer":
-            self._timer[row.cpu] = True
+            self._timer[row.task] = True
         else:
-            self._last_call[row.cpu] = kind
+            self._last_call[row.task] = kind
 
     def _scatterlist(self, row: Row, call: Call) -> None:
         """Lengths of the input entries, from the dump where it holds the whole list, else from the maps."""
+        call.numbers = {**self._entry.pop(row.task, {}), **row.numbers}
         words = row.lists["sg"]
         entries = [words[i : i + SG_WORDS] for i in range(0, len(words) - SG_WORDS + 1, SG_WORDS)][: call["nents"]]
         whole = len(entries) == call["nents"] and not any(entry[0] & SG_CHAIN for entry in entries)
         call.inferred = not whole
-        call.runs = self._maps.get(row.cpu, [])
+        call.runs = self._maps.get(row.task, [])
         call.inputs = [(0, entry[1] >> 32) for entry in entries] if whole else call.runs
-        self._sg[row.cpu] = call
+        self._sg[row.task] = call
 
     def _invalidation(self, row: Row) -> None:
-        """Follow what the next IOTLB invalidation on this CPU will be for, and note it when it comes."""
+        """Follow what the next IOTLB invalidation of this task will be for, and note it when it comes."""
         if row.name == "fqto_out":
-            self._timer[row.cpu] = False
+            self._timer[row.task] = False
         elif row.name == "all_in":
-            self._trigger[row.cpu] = "flush queue timer" if self._timer.get(row.cpu) else "flush queue full"
+            self._trigger[row.task] = "flush queue timer" if self._timer.get(row.task) else "flush queue full"
         elif row.name == "tlbsync_in":
-            self._trigger[row.cpu] = self._last_call.get(row.cpu, "unmap")
+            self._trigger[row.task] = self._last_call.get(row.task, "unmap")
         elif row.name == "syncmap_in":
-            self._trigger[row.cpu] = "map-side sync"
+            self._trigger[row.task] = "map-side sync"
         elif row.name == "qi_submit":
             if row.words["type"] == "iotlb_inv":
-                self.trace.causes.append(self._trigger.pop(row.cpu, ""))
+                self.trace.causes.append(self._trigger.pop(row.task, ""))
             else:
                 self.trace.other_descriptors += 1
 
     def finish(self) -> CallTrace:
-        """The trace; a sync whose return was not recorded has no call."""
+        """The trace; a place whose call's return was not recorded has no call."""
+        self.trace.events = [event for i, event in enumerate(self.trace.events) if i not in self._ignored]
         self.trace.calls = [call for call in self._calls if call is not None]
         return self.trace
 

@@ -115,6 +115,10 @@ class RecordedMachine:
         self.events.clear()
         return taken
 
+    def hints(self) -> dict[str, tuple[int, int, int]]:
+        """Where the next search of each device's IOVA space starts."""
+        return {name: device.iovad.search.hints() for name, device in self.attached.items()}
+
     def tick(self) -> None:
         """Let a moment pass, so that timers armed by different calls fall due one after the other; none fires."""
         clock = self.machine.clock

@@ -26,6 +26,7 @@ from dmakit.trace.step_events import Event
 from dmakit.trace.step_file import Step
 
 CACHED_PAGES = 32  # the largest IOVA that magazines hold
+Hints = tuple[int, int, int]
 PROT_OF_DIRECTION = {0: PROT_READ | PROT_WRITE, 1: PROT_READ, 2: PROT_WRITE, 3: 0}
 
 
@@ -34,15 +35,14 @@ def frees(events: list[Event]) -> list[tuple[int, int]]:
     return [(event[1], event[2]) for event in events if event[0] == "ff_in"]
 
 
-def adopt_frees(iovad: Any, cpu: int, ours: list[Event], kernel: list[Event]) -> None:
-    """Make the frees of ``kernel`` true instead of those of ``ours``."""
-    done, wanted = frees(ours), frees(kernel)
-    same = 0
-    while same < min(len(done), len(wanted)) and done[same] == wanted[same]:
-        same += 1
-    for pfn, pages in reversed(done[same:]):
+def adopt_frees(iovad: Any, cpu: int, ours: list[Event], kernel: list[Event], hints: Hints) -> None:
+    """Make the frees of ``kernel`` true instead of those of ``ours``; ``hints`` of the search from before them."""
+    if frees(ours) == frees(kernel):
+        return
+    for pfn, pages in reversed(frees(ours)):
         take_back(iovad, cpu, pfn, pages)
-    for pfn, pages in wanted[same:]:
+    iovad.search.set_hints(hints)
+    for pfn, pages in frees(kernel):
         iovad.free_fast(pfn, pages, cpu=cpu)
 
 
@@ -114,7 +114,11 @@ def make_next(iovad: Any, cpu: int, pfn: int, pages: int) -> list[int]:
     """
     if pages <= CACHED_PAGES:
         rounded = 1 << (pages - 1).bit_length()
-        iovad.reserve(pfn, pfn + rounded - 1)
+        above_it = _pop_down_to(iovad, cpu, pfn, rounded)
+        if above_it is None:
+            iovad.reserve(pfn, pfn + rounded - 1)
+        for other in reversed(above_it or []):
+            iovad.free_fast(other, rounded, cpu=cpu)
         iovad.free_fast(pfn, rounded, cpu=cpu)
         return []
     held = []
@@ -128,3 +132,17 @@ def make_next(iovad: Any, cpu: int, pfn: int, pages: int) -> list[int]:
             held.append(above)
         above = hi + 1
     return held
+
+
+def _pop_down_to(iovad: Any, cpu: int, pfn: int, rounded: int) -> list[int] | None:
+    """Take ``pfn`` out of the magazines, and what lies on top of it; None when it is in none."""
+    cached = iovad.cached_pfns()
+    if (pfn, rounded.bit_length() - 1) not in cached:
+        return None
+    popped: list[int] = []
+    for _ in cached:
+        found = iovad.alloc_fast(rounded, iovad.highest_pfn, False, cpu=cpu)
+        if found == pfn:
+            return popped
+        popped.append(found)
+    raise InputError(f"cannot adopt: pfn {pfn:#x} is in another CPU's magazine or in the depot")

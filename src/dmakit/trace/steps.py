@@ -157,15 +157,26 @@ class _Replay:
         before = [flush for flush in recorded.flushes if self._fires_before(flush, recorded)]
         later = [flush for flush in recorded.flushes if flush not in before]
         self.bench.tick()
-        fired = [self.bench.next_flush() for _ in before]
+        flushes = [self._fire(flush) for flush in before]
+        hints = self.bench.hints()
         answer = self._skipped(step) if step.skipped and not self._runs_here(step) else self.commands.run(step)
-        fired += [self.bench.next_flush() for _ in later]
-        flushes = [compared(events) for events in fired]
-        found = self._compare(step, answer, recorded, flushes, before + later)
+        found = self._compare(step, answer, self._expected(step, recorded))
         if found:
-            self.differences += found
-            self._adopt(step, answer, recorded, flushes, before + later, {difference.field for difference in found})
+            self._adopt(step, answer, recorded, hints, {difference.field for difference in found})
+        flushes += [self._fire(flush) for flush in later]
+        found += self._compare(step, {"after": flushes}, {"after": [flush.events for flush in before + later]})
+        self.differences += found
         return not found
+
+    def _fire(self, flush: Flush) -> list[Event]:
+        """Let the timer run that ran here; what it did. The kernel's frees are adopted when they differ."""
+        hints = self.bench.hints()
+        ours = compared(self.bench.next_flush())
+        owner = self.bench.owner_of_timer(flush.timer)
+        if owner is not None:
+            step_adopt.adopt_frees(owner.iovad, flush.cpu, ours, flush.events, hints[owner.name])
+            self.bench.take_events()
+        return ours
 
     @staticmethod
     def _fires_before(flush: Flush, recorded: KernelEvents) -> bool:
@@ -186,15 +197,19 @@ class _Replay:
     def _skipped(step: Step) -> Answer:
         return {"skipped": step.record["skipped"], "events": [], "warn": []}
 
-    def _compare(
-        self, step: Step, answer: Answer, recorded: KernelEvents, flushes: list[list[Event]], expected: list[Flush]
-    ) -> list[StepDifference]:
-        kernel = {key: value for key, value in step.record.items() if key in FIELDS}
+    @staticmethod
+    def _expected(step: Step, recorded: KernelEvents) -> Answer:
+        """The kernel's answer, in the fields of ours."""
         warned = [warning_function(text) for text in step.record.get("warn", ())]
-        kernel["warn"] = [function for function in warned if function]
-        kernel["events"] = recorded.own
-        kernel["after"] = [flush.events for flush in expected]
-        ours = {key: value for key, value in answer.items() if key in FIELDS} | {"after": flushes}
+        return {
+            **step.record,
+            "warn": [function for function in warned if function],
+            "events": recorded.own,
+            "after": None,
+        }
+
+    @staticmethod
+    def _compare(step: Step, ours: Answer, kernel: Answer) -> list[StepDifference]:
         command = str(step.record["cmd"])
         return [
             StepDifference(step.n, step.line, command, key, ours.get(key), kernel.get(key))
@@ -202,36 +217,24 @@ class _Replay:
             if ours.get(key) != kernel.get(key)
         ]
 
-    # adopting ------------------------------------------------------------------------------------------------
-
     def _adopt(
-        self,
-        step: Step,
-        answer: Answer,
-        recorded: KernelEvents,
-        flushes: list[list[Event]],
-        expected: list[Flush],
-        fields: set[str],
+        self, step: Step, answer: Answer, recorded: KernelEvents, hints: dict[str, step_adopt.Hints], fields: set[str]
     ) -> None:
-        """Bring the bench to the kernel's state after a step that differs."""
-        bench = self.bench
+        """Bring the bench to the kernel's state after a step that differs in ``fields``."""
         slot = self._slot(step)
         if "bytes" in fields and "phys" in answer:
-            step_adopt.adopt_bytes(bench, answer["phys"], step.record["bytes"])
-        if slot is not None and slot.device >= 0:
-            iovad = bench.devices[slot.device].iovad
-            if "events" in fields:
-                step_adopt.adopt_frees(iovad, step.cpu, answer["events"], recorded.own)
-            if {"addr", "ret", "out"} & fields and step.op in ("try", "map", "sg"):
-                step_adopt.adopt_window(self.commands, slot, step, recorded.own)
-            if "tr" in fields and "tr" in step.record:
-                slot.base, slot.span = step.record["base"], step.record["span"]
-                step_adopt.adopt_tables(bench, slot, step.record["tr"])
-        if "after" in fields:
-            for ours, flush in zip(flushes, expected, strict=True):
-                owner = bench.owner_of_timer(flush.timer)
-                if owner is not None:
-                    step_adopt.adopt_frees(owner.iovad, flush.cpu, ours, flush.events)
+            step_adopt.adopt_bytes(self.bench, answer["phys"], step.record["bytes"])
+        if slot is None or slot.device < 0:
+            return
+        device = self.bench.devices[slot.device]
+        if "events" in fields:
+            step_adopt.adopt_frees(device.iovad, step.cpu, answer["events"], recorded.own, hints[device.name])
+        if {"addr", "ret", "out"} & fields and step.op in ("try", "map", "sg"):
+            step_adopt.adopt_window(self.commands, slot, step, recorded.own)
+        if "tr" in fields and "tr" in step.record:
+            slot.base, slot.span = step.record["base"], step.record["span"]
+            step_adopt.adopt_tables(self.bench, slot, step.record["tr"])
+        self.bench.take_events()
 
     def _slot(self, step: Step) -> Slot | None:
         return self.bench.slot(step.words[1]) if step.op in _SLOT_OPS else None
