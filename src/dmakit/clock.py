@@ -36,10 +36,6 @@ class VirtualClock:
         """Number of timers that are armed."""
         return sum(1 for _, _, handle in self._timers if handle[0] is not None)
 
-    def next_due(self) -> int | None:
-        """The time at which the next timer falls due, None when nothing is armed."""
-        return min((when for when, _, handle in self._timers if handle[0] is not None), default=None)
-
     def advance(self, delta_ns: int) -> None:
         """Move time forward, firing every timer that falls due on the way (timers may arm timers)."""
         if delta_ns < 0:

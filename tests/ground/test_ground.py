@@ -84,15 +84,3 @@ def test_the_base_error_is_not_raised_and_errnos_have_names() -> None:
     with pytest.raises(TypeError):
         DmakitError("no")
     assert MisuseError("x", 98).errno_name == "EADDRINUSE"
-
-
-def test_clock_tells_when_the_next_timer_is_due() -> None:
-    clock = VirtualClock()
-    assert clock.next_due() is None
-    late = clock.call_later(5 * MS, lambda: None)
-    clock.call_later(7 * MS, lambda: None)
-    assert clock.next_due() == 5 * MS
-    clock.cancel(late)
-    assert clock.next_due() == 7 * MS
-    clock.advance(7 * MS)
-    assert clock.next_due() is None

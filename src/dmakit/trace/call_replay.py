@@ -138,7 +138,7 @@ def replay_calls(
 
 
 def _setup(trace: CallTrace, boot: Path | None, defects: tuple[str, ...]) -> Setup:
-    slots = [event[3] for event in trace.events if event[0] == "tblmap" and event[3] != ALL_ONES]
+    slots = [event[3] for _, event in trace.events if event[0] == "tblmap" and event[3] != ALL_ONES]
     return Setup(
         boot=boot,
         untrusted=frozenset(trace.bounced),
@@ -153,7 +153,8 @@ def _setup(trace: CallTrace, boot: Path | None, defects: tuple[str, ...]) -> Set
 
 def _keeps_offsets(trace: CallTrace) -> bool:
     """Did the recorded driver set a min_align_mask? Then a slot keeps the low bits of what it bounces."""
-    return any(event[1] & 4095 and event[1] & 4095 == event[3] & 4095 for event in trace.events if event[0] == "tblmap")
+    pairs = [(event[1] & 4095, event[3] & 4095) for _, event in trace.events if event[0] == "tblmap"]
+    return any(offset and offset == kept for offset, kept in pairs)
 
 
 class _CallReplay:
@@ -166,7 +167,7 @@ class _CallReplay:
         self.min_align_mask = 4095 if _keeps_offsets(trace) else 0
         self.live: dict[tuple[str, int], Any] = {}  # by device and the kernel's address: state, mapping or memory
         self.lists = Scatterlists()
-        self.events: list[Event] = []
+        self.events: list[tuple[int, Event]] = []
         self.causes: list[str] = []
         self.adopted = 0
         self.unknown = 0
@@ -176,10 +177,10 @@ class _CallReplay:
     def run(self) -> CallsResult:
         equal = 0
         for call in self.trace.calls:
-            self.bench.tick()
             equal += self._call(call)
             taken = self.bench.take_events()
-            self.events += [event for event in compared(taken) if (call.kind, event[0]) != ("alloc", "map")]
+            caused = [event for event in compared(taken) if (call.kind, event[0]) != ("alloc", "map")]
+            self.events += [(call.cpu, event) for event in caused]
             self.causes += [_cause(call)] * sum(event[0] == "qi" for event in taken)
         return CallsResult(
             file=str(self.trace.path),
@@ -199,8 +200,8 @@ class _CallReplay:
         )
 
     def _invalidations(self) -> Invalidations:
-        kernel = [event for event in self.trace.events if event[0] == "qi"]
-        ours = [event for event in self.events if event[0] == "qi"]
+        kernel = [event for _, event in self.trace.events if event[0] == "qi"]
+        ours = [event for _, event in self.events if event[0] == "qi"]
         rows = zip(kernel, self.trace.causes, ours, self.causes, strict=False)
         explained = sum(k == o and k_cause == o_cause != "" for k, k_cause, o, o_cause in rows)
         return Invalidations(len(kernel), explained, dict(Counter(self.trace.causes)), self.trace.other_descriptors)
@@ -210,7 +211,7 @@ class _CallReplay:
     def _call(self, call: Call) -> bool:
         """Run one call; True when its answer is the kernel's."""
         if call.kind == "timer":
-            self.bench.events += self.bench.next_flush()
+            self.bench.events += self.bench.flush(call.numbers.get("timer", 0), call.cpu)
             return True
         device = self._device(call.device)
         answer, kernel = getattr(self, f"_{call.kind}")(device, call)
@@ -403,9 +404,10 @@ def _cause(call: Call) -> str:
     return "map-side sync" if call.kind in MAP_SIDE else call.kind
 
 
-def _stream(name: str, kernel: list[Event], ours: list[Event]) -> Stream:
-    theirs = [event for event in kernel if event[0] == name]
-    mine = [event for event in ours if event[0] == name]
+def _stream(name: str, kernel: list[tuple[int, Event]], ours: list[tuple[int, Event]]) -> Stream:
+    """Compare one kind of event. CPUs run at the same time: the order is compared CPU by CPU."""
+    theirs = sorted((row for row in kernel if row[1][0] == name), key=lambda row: row[0])
+    mine = sorted((row for row in ours if row[1][0] == name), key=lambda row: row[0])
     equal = sum(a == b for a, b in zip(theirs, mine, strict=False))
     stream = Stream(len(theirs), len(mine), equal)
     if theirs != mine:

@@ -2,8 +2,8 @@
 
 A call shows itself at its return (``try_out``, ``link_out``, ``mp_out`` …, with its result) or at its entry
 (``ump_in``, ``destroy_in`` …, everything it does follows). A call that returns late takes its place where its effect is
-seen: in caching mode where it syncs (``syncmap_in``: that is its invalidation), else where it allocates
-(``alloc_out``); what an interrupt does between that and the return comes after it. Timers stand where they fired.
+seen: in caching mode where it syncs (``syncmap_in``: that is its invalidation), else where it got its IOVA
+(``af_out``); what an interrupt does between that and the return comes after it. Timers stand where they fired.
 
 Scatterlists: ``dma_map_sg`` names every entry's address and every output segment. Input lengths are in the recorder's
 dump of the first entries (words: ``page_link``, offset and length, DMA address, DMA length); a list that is longer or
@@ -64,7 +64,7 @@ EVENTS = {
     "blink_in": ("blink", "addr", "phys", "len"),
 }
 WORDS = frozenset({"dev", "type", "iommu", "force"})
-OTHERS = ("alloc_out", "mapsg_in", "dma_map_sg", "fqto_out", "all_in")
+OTHERS = ("af_out", "mapsg_in", "dma_map_sg", "fqto_out", "all_in")
 
 
 @dataclass(slots=True)
@@ -105,11 +105,11 @@ class Call:
 
 @dataclass(slots=True)
 class CallTrace:
-    """What ``read_calls`` found: calls in order, compared events in order, the cause of each invalidation."""
+    """What ``read_calls`` found: calls in order, (CPU, compared event) in order, the cause of each invalidation."""
 
     path: Path
     calls: list[Call] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    events: list[tuple[int, Event]] = field(default_factory=list)
     causes: list[str] = field(default_factory=list)
     other_descriptors: int = 0
     names: set[str] = field(default_factory=set)
@@ -158,7 +158,7 @@ class _Reader:
 
     def __init__(self, trace: CallTrace) -> None:
         self.trace = trace
-        self._marks = ("syncmap_in",) if trace.caching_mode else ("alloc_out",)
+        self._mark = "syncmap_in" if trace.caching_mode else "af_out"
         self._placed: dict[Task, list[int]] = {}  # by task: indices of places that wait for their call's return
         self._calls: list[Call | None] = []
         self._trigger: dict[Task, str] = {}  # by task: what the next invalidation will be caused by
@@ -173,7 +173,7 @@ class _Reader:
 
     def add(self, row: Row) -> None:
         """Take in one event."""
-        if row.name in self._marks:
+        if row.name == self._mark and row.numbers.get("pfn", 1):
             self._placed.setdefault(row.task, []).append(len(self._calls))
             self._calls.append(None)
         elif row.name in RETURNS:
@@ -190,7 +190,7 @@ class _Reader:
             self._event(row, (name, *(row.numbers[column] for column in columns)))
 
     def _event(self, row: Row, event: Event) -> None:
-        self.trace.events.append(event)
+        self.trace.events.append((row.cpu, event))
         if event[0] == "tblmap":
             self.trace.bounced.add(row.words["dev"])
         elif event[0] == "unmap" and row.task in self._unsg:

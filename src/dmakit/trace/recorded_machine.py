@@ -4,8 +4,9 @@ What is *input* is taken from the recording: which devices exist and in which or
 ids), reserved IOVA ranges (from the boot file), whether a device is trusted and its domain strict, physical addresses
 of buffers and of the bounce pool, when a timer fired. What is *answer* comes from our stack.
 
-``next_flush`` is the one place where time passes on purpose: the recording says after which call a flush queue's timer
-had fired, not how long that took, so the virtual clock jumps to the timer that is due next.
+Time: the recording says after which call, and on which CPU, a flush queue's timer had fired, not how long that took.
+``flush`` runs that timer then and there, if ours is armed too; recorded pauses (``wait``) advance the virtual clock,
+so a timer of ours that the kernel's did not have goes off there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from dmakit.units import GIB, MIB
 POOL_SIZE = 512 * MIB  # coherent memory: RAM above everything that the recording names; tables lie above it
 BOUNCE_START = 0x7BFD_D000  # where a 64 MiB pool lay in every recording with RAM above 2 GiB
 BOUNCE_SIZE = 64 * MIB
-FLUSH_WITHIN_NS = 10_000_000  # IOVA_FQ_TIMEOUT
 ALL_ONES = (1 << 64) - 1
 
 
@@ -105,9 +105,13 @@ class RecordedMachine:
         return self.attached[name]
 
     def owner_of_timer(self, timer: int) -> Any:
-        """The device whose flush queue has this timer (it lies inside the kernel's IOVA domain); None if unknown."""
+        """The device whose flush queue has this timer (it lies inside the kernel's IOVA domain); any armed one
+        when no boot file told which domain that is."""
         below = [iovad for iovad in self._iovads if 0 <= timer - iovad < 4096]
-        return self._iovads[max(below)] if below else next(iter(self.attached.values()), None)
+        if below:
+            return self._iovads[max(below)]
+        armed = [device for device in self.attached.values() if device.flush_queue and device.flush_queue.timer_on]
+        return armed[0] if armed else None
 
     def take_events(self) -> list[Event]:
         """The machine's events since the last call, and forget them."""
@@ -119,21 +123,11 @@ class RecordedMachine:
         """Where the next search of each device's IOVA space starts."""
         return {name: device.iovad.search.hints() for name, device in self.attached.items()}
 
-    def tick(self) -> None:
-        """Let a moment pass, so that timers armed by different calls fall due one after the other; none fires."""
-        clock = self.machine.clock
-        due = clock.next_due()
-        if due is None or due > clock.now + 1:
-            clock.advance(1)
-
-    def next_flush(self) -> list[Event]:
-        """Jump to the flush-queue timer that is due next; its events, nothing when none is armed."""
-        clock = self.machine.clock
-        limit = clock.now + FLUSH_WITHIN_NS
-        while (due := clock.next_due()) is not None and due <= limit:
-            clock.advance(due - clock.now)
-            if any(event[0] == "fqto_in" for event in self.events):
-                break
+    def flush(self, timer: int, cpu: int) -> list[Event]:
+        """Let the flush-queue timer run that the recording saw on ``cpu``; its events, nothing when it is not armed."""
+        owner = self.owner_of_timer(timer)
+        if owner is not None and owner.flush_queue is not None and owner.flush_queue.timer_on:
+            owner.flush_queue.timeout(cpu=cpu)
         return self.take_events()
 
 

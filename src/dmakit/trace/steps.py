@@ -156,7 +156,6 @@ class _Replay:
             self.unknown[name] = self.unknown.get(name, 0) + 1
         before = [flush for flush in recorded.flushes if self._fires_before(flush, recorded)]
         later = [flush for flush in recorded.flushes if flush not in before]
-        self.bench.tick()
         flushes = [self._fire(flush) for flush in before]
         hints = self.bench.hints()
         answer = self._skipped(step) if step.skipped and not self._runs_here(step) else self.commands.run(step)
@@ -171,8 +170,8 @@ class _Replay:
     def _fire(self, flush: Flush) -> list[Event]:
         """Let the timer run that ran here; what it did. The kernel's frees are adopted when they differ."""
         hints = self.bench.hints()
-        ours = compared(self.bench.next_flush())
         owner = self.bench.owner_of_timer(flush.timer)
+        ours = compared(self.bench.flush(flush.timer, flush.cpu))
         if owner is not None:
             step_adopt.adopt_frees(owner.iovad, flush.cpu, ours, flush.events, hints[owner.name])
             self.bench.take_events()
