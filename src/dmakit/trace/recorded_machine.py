@@ -11,15 +11,14 @@ so a timer of ours that the kernel's did not have goes off there.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dmakit.platform.soft import HIGH_RAM_START, LOW_RAM_END, Machine
+from dmakit.trace.columns import load
 from dmakit.trace.step_events import COMPARED, Event
-from dmakit.trace.step_file import read_text
 from dmakit.units import GIB, MIB
 
 POOL_SIZE = 512 * MIB  # coherent memory: RAM above everything that the recording names; tables lie above it
@@ -52,19 +51,23 @@ class BootDomain:
 
 
 def read_boot(path: Path) -> list[BootDomain]:
-    """The domains of a boot trace, in the order in which they were attached."""
-    devices: dict[int, list[str]] = {}
-    reserved: dict[int, list[tuple[int, int]]] = {}
+    """The domains of a boot trace, in the order in which they were attached; InputError when it cannot be read."""
+    trace = load(path)
+    attached, started, reserved = (trace.table(name) for name in ("attach_device_to_domain", "init_in", "res_in"))
+    rows = [(int(seq), trace.word(int(device)), 0) for seq, device in zip(attached.seq, attached["dev"], strict=True)]
+    rows += [(int(seq), "", int(iovad)) for seq, iovad in zip(started.seq, started["iovad"], strict=True)]
+    ranges: dict[int, list[tuple[int, int]]] = {}
+    for iovad, lo, hi in zip(*(reserved[column].tolist() for column in ("iovad", "lo", "hi")), strict=True):
+        ranges.setdefault(iovad, []).append((lo, hi))
+    domains: list[BootDomain] = []
     waiting: list[str] = []
-    for line in read_text(path).splitlines():
-        if match := re.search(r"attach_device_to_domain: .*device=(\S+)", line):
-            waiting.append(match[1])
-        elif match := re.search(r"\binit: .*iovad=(0x[0-9a-f]+)", line):
-            devices[int(match[1], 16)], waiting = waiting, []
-        elif match := re.search(r"\bres: .*iovad=(0x[0-9a-f]+) lo=(0x[0-9a-f]+) hi=(0x[0-9a-f]+)", line):
-            iovad, lo, hi = (int(group, 16) for group in match.groups())
-            reserved.setdefault(iovad, []).append((lo, hi))
-    return [BootDomain(iovad, tuple(names), tuple(reserved.get(iovad, ()))) for iovad, names in devices.items()]
+    for _, device, iovad in sorted(rows):
+        if device:
+            waiting.append(device)
+        elif waiting:
+            domains.append(BootDomain(iovad, tuple(waiting), tuple(ranges.get(iovad, ()))))
+            waiting = []
+    return domains
 
 
 class RecordedMachine:

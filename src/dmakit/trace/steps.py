@@ -22,7 +22,9 @@ from dmakit.trace.recorded_machine import boot_beside, compared
 from dmakit.trace.step_bench import Bench, Slot
 from dmakit.trace.step_commands import Answer, Commands
 from dmakit.trace.step_events import Event, Flush, KernelEvents, separate, warning_function
-from dmakit.trace.step_file import Step, StepFile, load_steps
+from dmakit.trace.step_file import Step, StepFile, is_step_file, load_steps
+
+__all__ = ["StepDifference", "StepsResult", "is_step_file", "replay_steps"]
 
 RECORDED_KERNEL = "7.2"
 #: The fields of a record that are answers; the rest is input or bookkeeping of the recorder.
