@@ -116,7 +116,8 @@ def test_warnings_are_compared_by_function() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "the file is empty: a step file has one JSON object a line"),
+        (b"", "the file is empty"),
+        (b"\n\n", "no step in it: a step file has one JSON object a line"),
         (b'{"n":1}\n', "1: not a step: it needs a number n and a text cmd"),
         (b'{"n":1,"cmd":"buf 0 0"}\n{"n":', "2: not JSON: Expecting value: line 1 column 6 (char 5)"),
         (b'{"n":1,"cmd":"buf 0"}\n', "1: command 'buf 0' needs 3 words"),
@@ -141,7 +142,7 @@ def test_an_unknown_command_is_refused_with_the_known_ones(tmp_path: Path) -> No
 def test_a_truncated_archive_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "cut.jsonl.xz"
     path.write_bytes(lzma.compress(b'{"n":1,"cmd":"look 0"}\n' * 99)[:-20])
-    with pytest.raises(InputError, match="broken or truncated xz archive"):
+    with pytest.raises(InputError, match="the archive is truncated or broken"):
         load_steps(path)
     with pytest.raises(InputError, match="cannot be read: No such file or directory"):
         load_steps(tmp_path / "none.jsonl")

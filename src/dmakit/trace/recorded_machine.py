@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmakit.platform.soft import HIGH_RAM_START, LOW_RAM_END, Machine
+from dmakit.platform.soft import BRIDGE_WINDOWS, HIGH_RAM_START, LOW_RAM_END, MSI_WINDOW, Machine
 from dmakit.trace.columns import load
 from dmakit.trace.step_events import COMPARED, Event
 from dmakit.units import GIB, MIB
@@ -85,7 +85,7 @@ class RecordedMachine:
             swiotlb=(setup.bounce_start, BOUNCE_SIZE),
             pool=(pool, POOL_SIZE),
             defects=setup.defects,
-            **({"reserved": ()} if setup.boot else {}),
+            reserved=() if setup.boot else (*BRIDGE_WINDOWS, MSI_WINDOW),
         )
         self.events: list[Event] = []
         self.machine.record_events(self.events)

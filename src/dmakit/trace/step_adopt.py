@@ -137,7 +137,7 @@ def make_next(iovad: Any, cpu: int, pfn: int, pages: int) -> list[int]:
 def _pop_down_to(iovad: Any, cpu: int, pfn: int, rounded: int) -> list[int] | None:
     """Take ``pfn`` out of the magazines, and what lies on top of it; None when it is in none."""
     cached = iovad.cached_pfns()
-    if (pfn, rounded.bit_length() - 1) not in cached:
+    if (pfn, rounded) not in cached:
         return None
     popped: list[int] = []
     for _ in cached:

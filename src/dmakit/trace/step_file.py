@@ -91,7 +91,7 @@ def load_steps(path: str | Path) -> StepFile:
     path = Path(path)
     steps = [_step(path, i, line) for i, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
     if not steps:
-        raise InputError(f"{path}: the file is empty: a step file has one JSON object a line")
+        raise InputError(f"{path}: no step in it: a step file has one JSON object a line")
     return StepFile(path, tuple(steps))
 
 
