@@ -158,7 +158,9 @@ L_PASSES = 64
 L_BOUNCE_AREA_LOCKS = 65
 L_BOUNCE_POOLS = 66
 L_BOUNCE_TRANSIENT = 67
-N_LEDGER = 68
+L_DOMAIN_MAPS = 68
+L_DOMAIN_UNMAPS = 69
+N_LEDGER = 70
 
 # I/O page tables: geometry that every supported format shares (4 KiB tables of 512 eight-byte entries) ---------
 PT_INDEX_BITS = 9

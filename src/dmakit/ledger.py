@@ -102,6 +102,8 @@ _MEANINGS = {
     "BOUNCE_AREA_LOCKS": ("locks", "acquisitions of a swiotlb area's lock"),
     "BOUNCE_POOLS": ("pools", "swiotlb pools added by the background worker"),
     "BOUNCE_TRANSIENT": ("pools", "transient swiotlb pools made for one mapping"),
+    "DOMAIN_MAPS": ("maps", "physically contiguous runs mapped into an I/O page table"),
+    "DOMAIN_UNMAPS": ("unmaps", "ranges unmapped from an I/O page table"),
 }
 
 ROWS: tuple[Row, ...] = tuple(

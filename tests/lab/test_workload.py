@@ -89,7 +89,7 @@ def test_the_profile_prices_only_rows_that_exist_and_every_rate_has_a_source() -
 
 
 def test_modelled_time_is_counts_times_rates() -> None:
-    low, high = modelled({"map_calls": 2, "unmap_calls": 1, "inv_wait": 1})
+    low, high = modelled({"domain_maps": 2, "domain_unmaps": 1, "inv_wait": 1})
     assert low == pytest.approx(2 * 53.5 + 68 + 1000)
     assert high == pytest.approx(2 * 55 + 87 + 1236)
     assert cheaper((1, 2), (2, 3)) and not cheaper((1, 4), (2, 3))

@@ -43,6 +43,8 @@ if cython.compiled:
         ENXIO,
         EOVERFLOW,
         ERANGE,
+        L_DOMAIN_MAPS,
+        L_DOMAIN_UNMAPS,
         L_SYNC_MAP,
         PAGE_SIZE,
         PROT_READ,
@@ -65,6 +67,8 @@ else:
         ENXIO,
         EOVERFLOW,
         ERANGE,
+        L_DOMAIN_MAPS,
+        L_DOMAIN_UNMAPS,
         L_SYNC_MAP,
         PAGE_SIZE,
         PROT_READ,
@@ -286,6 +290,7 @@ class PageTableDomain(FlushTarget):
     ) -> cython.int:
         """0 or -errno; what a failing map had mapped is unmapped and invalidated."""
         self.scratch._init()
+        self.ledger.counts[L_DOMAIN_MAPS] += 1
         error: cython.int = self.table._map(iova, phys, size, prot, self.scratch)
         mapped: cython.ulonglong = self.scratch.mapped
         if self.scratch.freelist != 0:
@@ -308,6 +313,7 @@ class PageTableDomain(FlushTarget):
 
     def _unmap(self, iova: cython.ulonglong, size: cython.ulonglong, gather: Gather) -> cython.ulonglong:
         """Bytes removed; what must be invalidated is in ``gather``."""
+        self.ledger.counts[L_DOMAIN_UNMAPS] += 1
         unmapped: cython.ulonglong = self.table._unmap(iova, size, gather)
         if self.events is not None:
             self._note_unmap(iova, size, unmapped)

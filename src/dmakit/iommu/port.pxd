@@ -8,6 +8,7 @@ cdef class Port:
     cdef readonly str name
     cdef readonly bint coherent
     cdef public object cache
+    cdef readonly list peers
     cdef unsigned long long low
     cdef unsigned long long high
     cdef unsigned long long _locate(self, unsigned long long iova, bint write) noexcept nogil

@@ -9,6 +9,9 @@ no record is written.
 ``DmaPort`` translates through an IOMMU unit, or through the device's own TLB where it has one. ``DirectPort`` is the
 port of a machine without IOMMU or of a device in passthrough: bus addresses are physical addresses.
 
+*Peers.* Addresses of a peer device's BAR below the same switch are routed there by the switch before any IOMMU sees
+them (``add_peer``), unless ACS redirects them upward.
+
 *Coherence.* A coherent port snoops the CPU's cache (``memory.cache``): dirty lines reach memory before the device
 reads, and the CPU's copies go when it writes. A port that is not coherent bypasses the cache, so forgotten cache
 maintenance shows.
@@ -58,6 +61,13 @@ class Port:
         self.cache = cache
         self.low = 0
         self.high = 0
+        self.peers: list[tuple[int, int, int]] = []
+
+    def add_peer(self, bus: int, size: int, phys: int) -> None:
+        """The switch above routes [bus, bus+size) to a peer's memory at ``phys``."""
+        self._check(bus, size)
+        self.memory.region_at(phys, size)
+        self.peers.append((bus, bus + size, phys))
 
     def read(self, iova: int, size: int) -> bytes:
         """``size`` bytes from device address ``iova``; FaultError names the first address that is blocked."""
@@ -93,6 +103,9 @@ class Port:
 
     def _reach(self, iova: int, length: int, write: bool) -> int:
         """Physical address of a piece inside one page, checked to be memory and snooped."""
+        for start, end, peer in self.peers:
+            if start <= iova < end:
+                return peer + iova - start
         phys = int(self._locate(iova, write))
         if phys == ALL_ONES:
             raise self._blocked(iova, write)

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dmakit.errors import InputError
-from dmakit.memory.buffers import allocate
+from dmakit.memory.buffers import Buffer, allocate
 from dmakit.memory.pages import PageAllocator
 from dmakit.units import KIB, PAGE, format_size
 
@@ -75,7 +75,8 @@ class FioSpec:
     ``block_sizes`` are drawn with equal probability; ``offset`` is where buffers start inside a page;
     ``fragmentation`` 0 gives contiguous buffers, 1 scatters every page; ``read_share`` of requests are reads;
     ``iodepth`` requests are in flight in each of ``jobs`` jobs, one CPU a job; ``folio_order`` allocates the
-    buffers as folios of 2**order pages (9: huge pages).
+    buffers as folios of 2**order pages (9: huge pages). ``piece``: buffers are made of separate pieces of that many
+    bytes, each at the start of a page or folio of its own (``readv`` with many small vectors); 0 = one piece.
     """
 
     block_sizes: tuple[int, ...] = (4 * KIB,)
@@ -86,6 +87,7 @@ class FioSpec:
     fragmentation: float = 1.0
     offset: int = 0
     folio_order: int = 0
+    piece: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,6 +97,7 @@ class FioSpec:
             ("requests", self.requests, 1, 10_000_000),
             ("offset", self.offset, 0, PAGE - 1),
             ("folio_order", self.folio_order, 0, 10),
+            ("piece", self.piece, 0, 4096 << self.folio_order),
             ("read_share", self.read_share, 0, 1),
             ("fragmentation", self.fragmentation, 0, 1),
         ):
@@ -102,6 +105,10 @@ class FioSpec:
                 raise InputError(f"{name}={value}: must be between {low} and {high}")
         if not self.block_sizes or any(not 512 <= size <= 8192 * KIB or size % 512 for size in self.block_sizes):
             raise InputError(f"block sizes {self.block_sizes}: each must be a multiple of 512 from 512 to 8M")
+        if self.piece % 512 or (self.piece and self.offset):
+            raise InputError(
+                f"piece={self.piece}, offset={self.offset}: pieces are multiples of 512, without an offset"
+            )
         if self.offset % 4:
             raise InputError(f"offset={self.offset}: NVMe buffers start on a dword")
 
@@ -112,14 +119,18 @@ class FioSpec:
         kind = "read" if self.read_share == 1 else "write" if self.read_share == 0 else "mixed"
         return f"{sizes} {kind} QD{self.iodepth}" + (f" x{self.jobs}" if self.jobs > 1 else "")
 
+    def _buffer(self, pages: PageAllocator, size: int) -> Buffer:
+        """One buffer of a slot in flight."""
+        if not self.piece:
+            return allocate(pages, size, offset=self.offset, order=self.folio_order)
+        pieces = [allocate(pages, self.piece, order=self.folio_order) for _ in range(-(-size // self.piece))]
+        return Buffer(pages.memory, [part for piece in pieces for part in piece.ranges])
+
     def place(self, pages: PageAllocator) -> Workload:
         """Allocate the buffers (one a slot in flight) and draw the requests; deterministic in the seed."""
         draw = random.Random(self.seed)
         largest = max(self.block_sizes)
-        slots = [
-            [allocate(pages, largest, offset=self.offset, order=self.folio_order) for _ in range(self.iodepth)]
-            for _ in range(self.jobs)
-        ]
+        slots = [[self._buffer(pages, largest) for _ in range(self.iodepth)] for _ in range(self.jobs)]
         requests: list[IoRequest] = []
         for number in range(self.requests):
             job = number % self.jobs

@@ -1,0 +1,111 @@
+"""Arguments that ``compare`` and ``explain`` share, and the progress line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dmakit.lab.options import Options
+    from dmakit.lab.rig import Source
+
+IOMMUS = ("vtd", "x86", "none")
+MODES = ("lazy", "strict", "passthrough")
+POLICIES = ("linux", "augmented")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The input and the machine."""
+    parser.add_argument(
+        "input",
+        nargs="?",
+        metavar="WORKLOAD|TRACE",
+        help="a kernel trace, a workload such as bs=128k,iodepth=8,rw=randread,frag=1,n=200, or case:NAME; "
+        "without it the bundled trace",
+    )
+    parser.add_argument("--boot", type=Path, metavar="FILE", help="the trace's domain set-up (default: NAME.boot.txt)")
+    parser.add_argument("--iommu", choices=IOMMUS, help="page-table format, or none (default: vtd)")
+    parser.add_argument("--mode", choices=MODES, help="invalidation mode (default: lazy)")
+    parser.add_argument("--policy", choices=POLICIES, help="IOVA allocator policy (default: linux)")
+    parser.add_argument(
+        "--defect", action="append", default=[], metavar="NAME", help="switch a Linux defect on (name or version)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of placement and data (default: 0)")
+    parser.add_argument("--untrusted", action="store_true", help="the device sits behind an external-facing port")
+    parser.add_argument("--no-coherent", action="store_true", help="the device does not snoop CPU caches")
+    parser.add_argument(
+        "--p2p", nargs="?", const="bus", choices=("bus", "bridge"), help="buffers in a peer device's memory"
+    )
+    parser.add_argument("--no-sgl", action="store_true", help="the controller understands only PRPs")
+    parser.add_argument("--platform", choices=("server", "embedded"), default="server", help="a preset of the above")
+    parser.add_argument("--checker", action="store_true", help="run with the contract checker on")
+    parser.add_argument("--json", metavar="PATH|-", help="write the result as JSON to a file, or - for standard output")
+
+
+def base_options(args: argparse.Namespace) -> Options:
+    """The options before any flag: those of a case, or the defaults."""
+    from dmakit.lab.court import CASES
+    from dmakit.lab.options import Options
+
+    case = CASES.get((args.input or "").removeprefix("case:"))
+    return case.options if case is not None else Options()
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """The machine's options; InputError for combinations that no machine has."""
+    from dmakit.errors import InputError
+    from dmakit.lab.options import EMBEDDED
+
+    base = base_options(args)
+    if args.platform == "embedded":
+        for flag, given in (("--iommu", args.iommu), ("--mode", args.mode), ("--p2p", args.p2p)):
+            if given is not None:
+                raise InputError(f"--platform embedded {flag} {given}: the preset has no IOMMU and no peers")
+        base = EMBEDDED
+    chosen = replace(
+        base,
+        iommu=args.iommu or base.iommu,
+        mode=args.mode or base.mode,
+        policy=args.policy or base.policy,
+        p2p=args.p2p or base.p2p,
+        defects=tuple(args.defect),
+        seed=args.seed,
+        untrusted=args.untrusted,
+        coherent=base.coherent and not args.no_coherent,
+        sgl=not args.no_sgl,
+        checker=args.checker,
+    )
+    return chosen.check()
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """What is run."""
+    from dmakit.lab import inputs, sources
+
+    return sources.source_of(inputs.resolve(args.input, args.seed), args.boot)
+
+
+def progress() -> Callable[[str, int, int], None]:
+    """A line on standard error, at most five times a second on a terminal, once a strategy otherwise."""
+    terminal = sys.stderr.isatty()
+    shown = ""
+    last = 0.0
+    started = time.monotonic()
+
+    def show(name: str, done: int, total: int) -> None:
+        nonlocal last, shown
+        now = time.monotonic()
+        if terminal and (now - last > 0.2 or done == total):
+            last = now
+            sys.stderr.write(f"\r\x1b[K{name}: {done}/{total} requests" if done < total else "\r\x1b[K")
+            sys.stderr.flush()
+        elif not terminal and shown != name and now - started > 2:
+            shown = name
+            print(f"{name}: {done}/{total} requests", file=sys.stderr)
+
+    return show

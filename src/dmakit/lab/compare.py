@@ -1,0 +1,227 @@
+"""Compare: one workload through every strategy, on the same machine, byte-checked and counted.
+
+A run walks the workload's schedule. Submitting maps the request; completing lets the device carry it out by
+translated DMA, unmaps, and compares every byte with what had to arrive. Between two events virtual time passes,
+so that flush queues and depots work as they do.
+
+The result of a strategy is its ledger over all requests (registration of ``premap`` is kept apart, as ``setup``),
+the shares of submission and completion (what is left ran on timers), the paths taken with their reasons, modelled
+nanoseconds, and the wall time that dmakit itself took to map and unmap (``simulator_ns``), which ranks nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dmakit.errors import DmakitError, FaultError, UnsupportedError
+from dmakit.lab.options import Options
+from dmakit.lab.pattern import Pattern, count_wrong
+from dmakit.lab.profile import PUBLISHED, cheaper, derived, modelled
+from dmakit.lab.rig import Rig, Source
+from dmakit.lab.strategies import STRATEGIES, Mapped, Strategy
+from dmakit.lab.workload import SUBMIT, IoRequest
+from dmakit.ledger import ROWS, difference
+from dmakit.reasons import PathLog
+
+Progress = Callable[[str, int, int], None]
+"""Called with (strategy, requests completed, requests in all)."""
+
+
+@dataclass(slots=True)
+class StrategyResult:
+    """What one strategy did with the workload; ``unavailable`` says why when it could not run at all."""
+
+    name: str
+    requests: int = 0
+    size: int = 0
+    wrong: int = 0
+    failed: int = 0
+    faults: int = 0
+    ledger: dict[str, int] = field(default_factory=dict)
+    setup: dict[str, int] = field(default_factory=dict)
+    submission: dict[str, int] = field(default_factory=dict)
+    completion: dict[str, int] = field(default_factory=dict)
+    paths: PathLog | None = None
+    simulator_ns: int = 0
+    unavailable: str = ""
+    workload: list[IoRequest] = field(default_factory=list)
+
+    @property
+    def modelled_ns(self) -> tuple[float, float]:
+        """Modelled nanoseconds of all requests, [low, high]."""
+        return modelled(self.ledger)
+
+    def report(self) -> dict[str, object]:
+        """The JSON form."""
+        low, high = self.modelled_ns
+        counts = self.paths.counts() if self.paths is not None else {}
+        paths = {
+            path: {"count": sum(reasons.values()), "reasons": {reason.name: n for reason, n in reasons.items()}}
+            for path, reasons in counts.items()
+        }
+        return {
+            "name": self.name,
+            "requests": self.requests,
+            "bytes": self.size,
+            "bytes_wrong": self.wrong,
+            "failed": self.failed,
+            "ledger": self.ledger,
+            "setup_ledger": self.setup,
+            "phases": {
+                name: {"ledger": ledger, "modelled_ns": dict(zip(("low", "high"), modelled(ledger), strict=True))}
+                for name, ledger in (("submission", self.submission), ("completion", self.completion))
+            },
+            "paths": paths,
+            "modelled_ns": {"low": round(low, 3), "high": round(high, 3), "profile": PUBLISHED.name},
+            "simulator_ns": self.simulator_ns,
+            "unavailable": self.unavailable or None,
+        }
+
+
+@dataclass(slots=True)
+class Comparison:
+    """All strategies on one input."""
+
+    input: str
+    options: Options
+    results: list[StrategyResult]
+    notes: list[str] = field(default_factory=list)
+    replay: tuple[int, int] | None = None
+
+    @property
+    def wrong(self) -> int:
+        """Bytes that differ, over all strategies."""
+        return sum(result.wrong for result in self.results)
+
+    def result(self, name: str) -> StrategyResult:
+        """The result of one strategy."""
+        return next(result for result in self.results if result.name == name)
+
+    def cheapest(self) -> list[str]:
+        """Strategies that no other one beats in modelled time (direct is not in the race: it does not protect)."""
+        racing = [r for r in self.results if r.requests and r.name != "direct"]
+        return [a.name for a in racing if not any(cheaper(b.modelled_ns, a.modelled_ns) for b in racing)]
+
+    def report(self) -> dict[str, object]:
+        """The JSON form."""
+        return {
+            "input": self.input,
+            "platform": self.options.platform,
+            "options": self.options.describe(),
+            "iovas": None if self.replay is None else {"matched": self.replay[0], "allocations": self.replay[1]},
+            "notes": self.notes,
+            "strategies": [result.report() for result in self.results],
+        }
+
+
+class Run:
+    """One strategy over one workload."""
+
+    def __init__(self, rig: Rig, strategy: Strategy, result: StrategyResult) -> None:
+        self.rig, self.strategy, self.result = rig, strategy, result
+        largest = max((request.size for request in rig.workload.requests), default=0)
+        self.pattern = Pattern(largest, rig.options.seed)
+        self.inflight: dict[int, Mapped] = {}
+        self.counts = np.asarray(rig.ledger.counts)
+        self.submission = np.zeros_like(self.counts)
+        self.completion = np.zeros_like(self.counts)
+
+    def submit(self, request: IoRequest) -> None:
+        """Fill the buffer of a write, and map."""
+        if request.op == "write":
+            self.rig.cpu_write(request.segments, self.pattern.of(request.number, request.size))
+        before = self.counts.copy()
+        started = time.perf_counter_ns()
+        try:
+            self.inflight[request.number] = self.strategy.map(request)
+        except DmakitError:
+            self.result.failed += 1
+        self.result.simulator_ns += time.perf_counter_ns() - started
+        self.submission += self.counts - before
+
+    def complete(self, request: IoRequest) -> None:
+        """The device does its work, the request is unmapped, the bytes are compared."""
+        mapped = self.inflight.pop(request.number, None)
+        if mapped is None:
+            return
+        expected = self.pattern.of(request.number, request.size)
+        found: bytes | None = b""
+        try:
+            found = self.rig.device_io(request, mapped.descriptors, expected)
+        except FaultError:
+            self.result.faults += 1
+        before = self.counts.copy()
+        started = time.perf_counter_ns()
+        self.strategy.unmap(request, mapped)
+        self.result.simulator_ns += time.perf_counter_ns() - started
+        self.completion += self.counts - before
+        if request.op == "read":
+            found = self.rig.cpu_read(request.segments)
+        self.result.wrong += count_wrong(expected, found or b"")
+        self.result.requests += 1
+        self.result.size += request.size
+
+
+def run_strategy(name: str, source: Source, options: Options, progress: Progress | None = None) -> StrategyResult:
+    """Run one strategy on a machine of its own."""
+    kind = STRATEGIES[name]
+    result = StrategyResult(name)
+    if kind.identity and options.untrusted:
+        result.unavailable = "an untrusted device always gets a translating domain"
+        return result
+    rig = Rig(source, options, identity=kind.identity)
+    try:
+        _run(rig, kind, result, progress)
+    except UnsupportedError as error:
+        result.unavailable = str(error)
+    finally:
+        rig.close()
+    return result
+
+
+def _run(rig: Rig, kind: type[Strategy], result: StrategyResult, progress: Progress | None) -> None:
+    strategy = kind(rig)
+    result.workload = rig.workload.requests
+    blank = rig.ledger.snapshot()
+    strategy.prepare()
+    before = rig.ledger.snapshot()
+    result.setup = difference(before, blank)
+    run = Run(rig, strategy, result)
+    requests = {request.number: request for request in rig.workload.requests}
+    for kind_of_event, number in rig.workload.schedule:
+        if kind_of_event == SUBMIT:
+            run.submit(requests[number])
+        else:
+            run.complete(requests[number])
+            if progress is not None:
+                progress(result.name, result.requests + result.failed, len(requests))
+        rig.tick()
+    rig.machine.settle()
+    result.ledger = difference(rig.ledger.snapshot(), before)
+    result.submission = {row.name: int(run.submission[row.index]) for row in ROWS}
+    result.completion = {row.name: int(run.completion[row.index]) for row in ROWS}
+    result.paths = strategy.paths
+    strategy.finish()
+
+
+def compare(
+    source: Source, options: Options, names: list[str] | None = None, progress: Progress | None = None
+) -> Comparison:
+    """Run the strategies (all of them unless ``names`` says which) one after the other."""
+    results = [run_strategy(name, source, options, progress) for name in names or list(STRATEGIES)]
+    return Comparison(source.name, options, results)
+
+
+def deciding(one: StrategyResult, other: StrategyResult, most: int = 3) -> list[tuple[str, int, int, float]]:
+    """The counters that make up most of the difference in price: (row, one's units, other's units, ns saved)."""
+    left, right = derived(one.ledger), derived(other.ledger)
+    rows = []
+    for rate in PUBLISHED.rates:
+        a, b = (sum(ledger.get(row, 0) for row in rate.rows) for ledger in (left, right))
+        if a != b:
+            rows.append(("+".join(rate.rows), a, b, (b - a) * (rate.low + rate.high) / 2))
+    return sorted(rows, key=lambda row: -abs(row[3]))[:most]

@@ -1,0 +1,116 @@
+"""Descriptors of the lab's device: written by the driver's code, fetched by the device through its own port.
+
+``DescriptorWriter`` turns the ranges of any strategy into PRPs or an SGL by the same rules as the NVMe driver:
+an SGL where the controller has them and PRPs cannot say it, or where ranges are large on average. ``fetch`` is the
+device's half: it reads list blocks by translated DMA and yields the data ranges found there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dmakit.consts import L_DESCRIPTORS, PAGE_SIZE
+from dmakit.dma.device import Device
+from dmakit.errors import FaultError
+from dmakit.nvme.iod import Iod
+from dmakit.nvme.mapping import RequestMapper
+from dmakit.nvme.pool import Block
+from dmakit.nvme.prp import PrpWalker, entries_needed
+from dmakit.nvme.sgl import SglWalker
+from dmakit.nvme.spec import PSDT_PRP, PSDT_SGL_METABUF
+
+Ranges = list[tuple[int, int]]
+
+
+class DevicePage:
+    """A page of a device's coherent memory, as a pool wants it."""
+
+    def __init__(self, device: Device) -> None:
+        self._memory = device.alloc_coherent(PAGE_SIZE)
+        self.addr: int = self._memory.addr
+        phys = self._memory.buffer.ranges[0][0]
+        self.words: memoryview[int] = device.memory.words[phys >> 3 : (phys + PAGE_SIZE) >> 3]
+
+    def free(self) -> None:
+        """Give the page back."""
+        self._memory.free()
+
+
+class DeviceSource:
+    """Where a pool's pages come from: the device's coherent allocator."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def page(self) -> DevicePage:
+        """One more page."""
+        return DevicePage(self.device)
+
+
+@dataclass(slots=True)
+class Descriptors:
+    """What the command carries: two 64-bit words and their form, for ``size`` bytes."""
+
+    psdt: int
+    low: int
+    high: int
+    size: int
+    blocks: list[Block] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, iod: Iod, size: int) -> Descriptors:
+        """Those that the driver wrote for a request that it mapped itself (the blocks stay its own)."""
+        return cls(iod.psdt, iod.low, iod.high, size)
+
+
+def fit_prps(ranges: Ranges) -> bool:
+    """Whether PRPs can describe the ranges: they meet on controller pages."""
+    starts = all(addr & (PAGE_SIZE - 1) == 0 for addr, _ in ranges[1:])
+    return starts and all((addr + size) & (PAGE_SIZE - 1) == 0 for addr, size in ranges[:-1])
+
+
+class DescriptorWriter:
+    """Writes descriptors for ranges that are mapped already."""
+
+    def __init__(self, mapper: RequestMapper) -> None:
+        self.mapper = mapper
+
+    def write(self, ranges: Ranges, size: int) -> Descriptors:
+        """PRPs or an SGL; ExhaustedError (nothing kept) when no block can be had."""
+        mapper = self.mapper
+        large = mapper.sgl_threshold and size >= mapper.sgl_threshold * len(ranges)
+        if mapper.sgl_supported and (large or not fit_prps(ranges)):
+            low, high, blocks = mapper.sgl.build(ranges)
+            self._count(len(ranges))
+            return Descriptors(PSDT_SGL_METABUF, low, high, size, blocks)
+        low, high, blocks = mapper.prp.build(ranges)
+        self._count(sum(entries_needed(addr, length) for addr, length in ranges))
+        return Descriptors(PSDT_PRP, low, high, size, blocks)
+
+    def _count(self, entries: int) -> None:
+        self.mapper.ledger.count(L_DESCRIPTORS, entries)
+
+    def drop(self, descriptors: Descriptors) -> None:
+        """Give list blocks back."""
+        writer = self.mapper.prp if descriptors.psdt == PSDT_PRP else self.mapper.sgl
+        writer.drop(descriptors.blocks)
+
+
+def fetch(dma_read: Callable[[int, int], bytes], wanted: Descriptors, *, to_host: bool) -> Ranges:
+    """The data ranges of a command; FaultError when the IOMMU blocks a list or the device refuses what it says."""
+    if wanted.psdt == PSDT_PRP:
+        prp = PrpWalker()
+        prp.begin(wanted.low, wanted.high, wanted.size)
+        while prp.list_entries and not prp.status:
+            prp.list_words(dma_read(prp.list_addr, prp.list_entries << 3))
+        status, ranges = prp.status, prp.ranges
+    else:
+        sgl = SglWalker()
+        sgl.begin(wanted.low, wanted.high, wanted.size, to_host=to_host)
+        while sgl.segment_bytes and not sgl.status:
+            sgl.segment(dma_read(sgl.segment_addr, sgl.segment_bytes))
+        status, ranges = sgl.status, sgl.ranges
+    if status:
+        raise FaultError(f"the device refuses the descriptors of a {wanted.size}-byte request: status {status:#x}")
+    return ranges

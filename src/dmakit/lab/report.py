@@ -1,0 +1,185 @@
+"""What a person sees: the tables of ``compare`` and ``explain`` and the lines to take away. All figures are computed.
+
+Figures in the table are per request. Lines that a reader takes away come last: they name what ran, so that a
+result can be run again by copying one line.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from dmakit import _core
+from dmakit.lab.compare import Comparison, StrategyResult, deciding
+from dmakit.lab.court import CASES, verdict
+from dmakit.lab.explain import Detail, Line
+from dmakit.lab.profile import NOT_PRICED, PUBLISHED
+
+COLUMNS = ("strategy", "IOVA m/d/t", "PTEs", "tables", "inval", "waits", "bounced", "descr", "kept B", "modelled ns")
+
+
+def console() -> Console:
+    """Standard output; colour only on a terminal, a fixed width otherwise."""
+    return Console(width=None if sys.stdout.isatty() else 118, highlight=False, soft_wrap=False)
+
+
+def number(value: float) -> str:
+    """A figure per request: integers plain, small ones with enough digits to be seen."""
+    if value == 0:
+        return "0"
+    if value >= 100 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2f}" if value >= 0.01 else "<.01"
+
+
+def row_of(result: StrategyResult) -> list[str]:
+    """The cells of one strategy, per request."""
+    count = max(result.requests, 1)
+    ledger = result.ledger
+
+    def each(*rows: str) -> str:
+        return number(sum(ledger[row] for row in rows) / count)
+
+    low, high = (value / count for value in result.modelled_ns)
+    return [
+        result.name,
+        "/".join(each(f"iova_{kind}") for kind in ("magazine", "depot", "tree")),
+        each(*(f"pte_set_{level}" for level in range(1, 6))),
+        each("tables_allocated"),
+        each("inv_page", "inv_domain", "inv_global", "inv_devtlb"),
+        each("inv_wait"),
+        each("bounced_bytes"),
+        each("descriptors"),
+        each("bookkeeping_bytes"),
+        f"{low:,.0f}-{high:,.0f}",
+    ]
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """One row a strategy, figures per request."""
+    table = Table(title=None, box=None, pad_edge=False, header_style="bold")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
+    best = comparison.cheapest()
+    for result in comparison.results:
+        if not result.unavailable:
+            table.add_row(*row_of(result), style="green" if result.name in best else "")
+    return table
+
+
+def path_lines(comparison: Comparison) -> list[str]:
+    """The paths that the requests of each strategy took, with reasons and counts."""
+    lines = []
+    for result in comparison.results:
+        if result.paths is None:
+            continue
+        for path, reasons in result.paths.counts().items():
+            why = ", ".join(f"{reason.name} {count}" for reason, count in reasons.items())
+            mark = " " if path in result.paths.fast else "!"
+            lines.append(f"  {mark} {result.name:<11} {path}: {why}")
+    return lines
+
+
+def print_comparison(comparison: Comparison, command: str) -> None:
+    """Table, paths, and what to take away."""
+    out = console()
+    first = next((result for result in comparison.results if result.requests), None)
+    options = comparison.options
+    where = f"{options.iommu}, {options.mode}" if options.iommu != "none" else "no IOMMU"
+    out.print(f"[bold]{comparison.input}[/bold]  ({where}, policy {options.policy}, seed {options.seed})")
+    if first is not None:
+        out.print(f"{first.requests} requests, {first.size:,} bytes; figures per request\n")
+    out.print(comparison_table(comparison))
+    for result in comparison.results:
+        if result.unavailable:
+            out.print(f"{result.name}: not run: {result.unavailable}", style="dim", markup=False)
+    out.print(
+        f"IOVA m/d/t: allocations from magazine, depot, tree. modelled ns: profile '{PUBLISHED.name}' "
+        f"(docs/profiles.md), without {', '.join(NOT_PRICED)}.",
+        style="dim",
+    )
+    out.print("\npaths taken (! = not a fast path)")
+    for line in path_lines(comparison):
+        out.print(line, markup=False)
+    print_takeaways(out, comparison, command)
+
+
+def print_takeaways(out: Console, comparison: Comparison, command: str) -> None:
+    """The last lines: bytes, IOVAs, slow paths, who wins and why, dmakit's own time."""
+    out.print()
+    if comparison.replay is not None:
+        matched, allocations = comparison.replay
+        out.print(f"IOVAs equal to the kernel's: {matched:,} of {allocations:,}")
+    ran = [result for result in comparison.results if not result.unavailable]
+    out.print(f"bytes wrong: {comparison.wrong:,} of {sum(result.size for result in ran):,}")
+    for result in ran:
+        if result.failed:
+            out.print(f"{result.name}: {result.failed} requests could not be mapped")
+    slow = next((r.paths.slow() for r in ran if r.name == "two-step" and r.paths is not None), 0)
+    out.print(f"requests that left the fast path (two-step): {slow}; explained by: {command}", markup=False)
+    print_winner(out, comparison)
+    case = CASES.get(comparison.input.removeprefix("case:"))
+    prices = {result.name: result.modelled_ns for result in ran}
+    if case is not None and {case.winner or "premap", case.loser or "page", "two-step"} <= set(prices):
+        out.print(verdict(case, prices), markup=False)
+    core = _core.status()["running"]
+    spent = ", ".join(f"{result.name} {result.simulator_ns / 1e6:,.0f} ms" for result in ran)
+    out.print(f"time of dmakit's own code ({core} core), never the kernel's: {spent}", style="dim")
+    for note in comparison.notes:
+        out.print(f"note: {note}", style="dim", markup=False)
+
+
+def print_winner(out: Console, comparison: Comparison) -> None:
+    """Who costs least in modelled time, and the counters that decide against the runner-up."""
+    best = comparison.cheapest()
+    racing = [r for r in comparison.results if r.requests and r.name != "direct"]
+    if not racing:
+        return
+    if len(best) == len(racing):
+        out.print("fewest modelled ns: no difference between the strategies")
+        return
+    winner = comparison.result(best[0])
+    losers = sorted((r for r in racing if r.name not in best), key=lambda r: sum(r.modelled_ns))
+    out.print(f"fewest modelled ns: {', '.join(best)}")
+    if losers:
+        rows = deciding(winner, losers[0])
+        why = "; ".join(
+            f"{name} {a / winner.requests:.3g} against {b / losers[0].requests:.3g}" for name, a, b, _ in rows
+        )
+        out.print(f"  against {losers[0].name}, the counters that decide (per request): {why}", markup=False)
+
+
+def print_detail(detail: Detail) -> None:
+    """One request: what it is made of."""
+    out = console()
+    request = detail.request
+    where = f", phase {request.phase}" if request.phase else ""
+    out.print(
+        f"request {request.number}: {request.op} of {request.size:,} bytes in {len(request.segments)} segments, "
+        f"CPU {request.cpu}{where}",
+        markup=False,
+    )
+    for phys, size in request.segments[:64]:
+        ends = "" if phys % 4096 == 0 and (phys + size) % 4096 == 0 else "   starts or ends inside a page"
+        out.print(f"    phys {phys:#014x}  {size:>8,} bytes{ends}", markup=False)
+
+
+def print_explanation(lines: list[Line], total: int, *, examples: bool = False) -> None:
+    """One line a (path, reason): count, rule, what would make it fast."""
+    out = console()
+    for line in lines:
+        share = f"{line.count} of {total}"
+        kind = "fast" if line.fast else "SLOW"
+        out.print(f"[bold]{line.path}[/bold]: {line.reason.name}  {share} requests, {kind} path")
+        out.print(f"    rule: {line.rule.text}", markup=False)
+        if not line.fast:
+            out.print(f"    fast: {line.rule.remedy}", markup=False)
+        phases = ", ".join(f"{name} {count}" for name, count in line.phases if name)
+        if phases:
+            out.print(f"    phases: {phases}", style="dim", markup=False)
+        if examples:
+            out.print(f"    requests: {', '.join(map(str, line.examples))} … (--request N)", markup=False)
+        if line.rule.source:
+            out.print(f"    source: {line.rule.source}", style="dim", markup=False)

@@ -1,0 +1,183 @@
+"""The rig: one machine with one NVMe-like device on it, built the same way for every strategy.
+
+The device is a master of its own: for each request it reads the PRP list or SGL that the driver wrote, through
+its own port, and then reads or writes the data at the addresses it found there. So a wrong address, a missing
+mapping, a stale translation or a bad descriptor shows in the bytes.
+
+Buffers never move between strategies: a workload is placed before the first mapping, page tables come from a part
+of memory of their own, and descriptors and registered windows from memory that no recorded trace names.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Protocol, cast
+
+from dmakit.block.bio import Bio, split
+from dmakit.block.device import MappingDevice
+from dmakit.block.limits import NVME_MAX_SEGS, QueueLimits
+from dmakit.block.request import Op
+from dmakit.dma.direction import Direction
+from dmakit.errors import DmakitError
+from dmakit.lab.descriptors import Descriptors, DeviceSource, fetch
+from dmakit.lab.options import Options
+from dmakit.lab.workload import IoRequest, Segments, Workload
+from dmakit.memory.buffers import CpuView
+from dmakit.nvme.mapping import RequestMapper
+from dmakit.nvme.pool import LARGE_BYTES, SMALL_BYTES, DescriptorPool
+from dmakit.p2p.state import P2pState
+from dmakit.p2p.topology import HostBridge, PciTopology, Provider
+from dmakit.platform.soft import Machine
+from dmakit.units import MIB
+
+STEP_NS = 10_000
+"""Virtual time between two scheduled events; flush-queue and depot timers run on it."""
+
+
+class Source(Protocol):
+    """Where a workload comes from: knows the memory it needs and can be placed on a machine."""
+
+    name: str
+    cpus: int
+    machine_options: dict[str, Any]
+
+    def place(self, machine: Machine) -> Workload:
+        """The requests, at physical addresses of this machine."""
+
+    def replay_score(self) -> tuple[int, int] | None:
+        """(IOVAs equal to the kernel's, allocations), when the source was recorded with them."""
+
+    def missing(self) -> list[str]:
+        """What is not knowable from this source, and what to record."""
+
+
+class Rig:
+    """Machine, device and mapper for one run of one strategy."""
+
+    def __init__(self, source: Source, options: Options, *, identity: bool = False) -> None:
+        mode = "passthrough" if identity and options.iommu != "none" else options.mode
+        self.options = options
+        self.machine = Machine(
+            cpus=source.cpus,
+            iommu=options.iommu,
+            mode=mode,
+            policy=options.policy,
+            seed=options.seed,
+            coherent=options.coherent,
+            checker=options.checker,
+            defects=options.defects,
+            **source.machine_options,
+        )
+        self.workload = source.place(self.machine)
+        self.limits = QueueLimits(
+            max_bytes=1 << 30, max_segments=NVME_MAX_SEGS, virt_boundary_mask=0 if options.sgl else 4095
+        )
+        if not options.sgl:
+            self._split()
+        self.peer: P2pState | None = None
+        self.provider: Provider | None = None
+        if options.p2p != "none":
+            self._move_to_peer()
+        self.device = self.machine.device(
+            "nvme0",
+            mask=(1 << options.mask_bits) - 1,
+            trusted=not options.untrusted,
+            min_align_mask=4095,
+            max_segment=(1 << 32) - 1,
+            p2p=self.peer,
+        )
+        if options.p2p == "bus" and self.provider is not None:
+            bar = self.provider
+            self.device.port.add_peer(bar.bus_address(bar.start), bar.size, bar.start)
+        self.cpu_view: CpuView = self.machine.cache or self.machine.memory
+        self.ledger = self.machine.ledger
+
+        pages, fail = DeviceSource(self.device), self.machine.fail
+        self.small = DescriptorPool(pages, SMALL_BYTES, ledger=self.ledger, fail=fail)
+        self.large = DescriptorPool(pages, LARGE_BYTES, ledger=self.ledger, fail=fail)
+        self.mapper = RequestMapper(
+            cast(MappingDevice, self.device),
+            self.small,
+            self.large,
+            ledger=self.ledger,
+            sgl_supported=options.sgl,
+            peer=self.peer,
+        )
+
+    def _move_to_peer(self) -> None:
+        """Put every buffer into the memory of a peer device, at the same distances, below one switch or not."""
+        low = min(phys for request in self.workload.requests for phys, _ in request.segments) & ~(2 * MIB - 1)
+        high = max(phys + size for request in self.workload.requests for phys, size in request.segments)
+        bar = self.machine.add_bar(1 << (high - low - 1).bit_length(), "peer memory")
+        topology = PciTopology(self.machine.memory)
+        bridge = HostBridge("host", (0x8086, 0x2030))
+        if self.options.p2p == "bus":
+            client, owner = bridge.root_port("port").switch("switch", 2)
+            client, owner = client.endpoint("nvme0"), owner.endpoint("peer")
+        else:
+            client, owner = bridge.root_port("port0").endpoint("nvme0"), bridge.root_port("port1").endpoint("peer")
+        self.provider = topology.provide(owner, bar.start, bar.size)
+        self.peer = P2pState(topology, client, self.machine.ledger)
+        shift = bar.start - low
+        self.workload.requests = [
+            replace(r, segments=tuple((phys + shift, size) for phys, size in r.segments))
+            for r in self.workload.requests
+        ]
+
+    def _split(self) -> None:
+        """PRPs cannot describe a gap inside a controller page: the block layer cuts such requests there."""
+        parts: dict[int, list[int]] = {}
+        requests: list[IoRequest] = []
+        for request in self.workload.requests:
+            bio = Bio(Op.READ)
+            for phys, size in request.segments:
+                bio.add(phys, size)
+            parts[request.number] = []
+            for part in split(bio, self.limits):
+                parts[request.number].append(len(requests))
+                requests.append(replace(request, number=len(requests), segments=tuple(part.data.bvecs)))
+        self.workload.requests = requests
+        self.workload.schedule = [(kind, new) for kind, old in self.workload.schedule for new in parts[old]]
+
+    # The CPU's side and the device's side of the data ---------------------------------------------------------
+
+    def cpu_write(self, segments: Segments, payload: memoryview) -> None:
+        """The application fills its buffer."""
+        at = 0
+        for phys, size in segments:
+            self.cpu_view.write(phys, payload[at : at + size])
+            at += size
+
+    def cpu_read(self, segments: Segments) -> bytes:
+        """The application reads its buffer."""
+        return b"".join(self.cpu_view.read(phys, size) for phys, size in segments)
+
+    def device_io(self, request: IoRequest, descriptors: Descriptors, payload: memoryview) -> bytes | None:
+        """The device carries a request out: fetch descriptors, then move the data.
+
+        Returns what the device read (for a write request), or None. FaultError when the IOMMU blocks an access.
+        """
+        to_host = request.op == "read"
+        ranges = fetch(self.device.dma_read, descriptors, to_host=to_host)
+        if not to_host:
+            return b"".join(self.device.dma_read(addr, size) for addr, size in ranges)
+        at = 0
+        for addr, size in ranges:
+            self.device.dma_write(addr, payload[at : at + size])
+            at += size
+        return None
+
+    def tick(self) -> None:
+        """Let virtual time pass."""
+        self.machine.clock.advance(STEP_NS)
+
+    def close(self) -> None:
+        """Stop the timers; best effort after a failed run."""
+        with suppress(DmakitError):
+            self.machine.close()
+
+
+def direction_of(request: IoRequest) -> Direction:
+    """The DMA direction of a request's data."""
+    return Direction.FROM_DEVICE if request.op == "read" else Direction.TO_DEVICE
