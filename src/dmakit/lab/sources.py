@@ -105,11 +105,8 @@ class TraceSource:
         return Workload(self.name, requests, schedule(self.requests), self.cpus)
 
     def replay_score(self) -> tuple[int, int] | None:
-        """(allocations whose IOVA is the kernel's, allocations), by the allocator replay of the same trace."""
-        from dmakit.trace.replay import replay
-
-        result = replay(self.path, boot=self.boot)
-        return (result.matched, result.allocations) if result.allocations else None
+        """Not scored here."""
+        return None
 
     def missing(self) -> list[str]:
         """What this trace does not show."""
