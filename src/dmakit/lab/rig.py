@@ -18,6 +18,7 @@ from dmakit.block.bio import Bio, split
 from dmakit.block.device import MappingDevice
 from dmakit.block.limits import NVME_MAX_SEGS, QueueLimits
 from dmakit.block.request import Op
+from dmakit.dma.device import Device
 from dmakit.dma.direction import Direction
 from dmakit.errors import DmakitError
 from dmakit.lab.descriptors import Descriptors, DeviceSource, fetch
@@ -79,31 +80,33 @@ class Rig:
         self.provider: Provider | None = None
         if options.p2p != "none":
             self._move_to_peer()
-        self.device = self.machine.device(
+        self.device = self._make_device()
+        self.cpu_view: CpuView = self.machine.cache or self.machine.memory
+        self.ledger = self.machine.ledger
+        self.mapper = self._make_mapper()
+
+    def _make_device(self) -> Device:
+        """An NVMe-like device as the options describe it."""
+        device = self.machine.device(
             "nvme0",
-            mask=(1 << options.mask_bits) - 1,
-            trusted=not options.untrusted,
+            mask=(1 << self.options.mask_bits) - 1,
+            trusted=not self.options.untrusted,
             min_align_mask=4095,
             max_segment=(1 << 32) - 1,
             p2p=self.peer,
         )
-        if options.p2p == "bus" and self.provider is not None:
+        if self.options.p2p == "bus" and self.provider is not None:
             bar = self.provider
-            self.device.port.add_peer(bar.bus_address(bar.start), bar.size, bar.start)
-        self.cpu_view: CpuView = self.machine.cache or self.machine.memory
-        self.ledger = self.machine.ledger
+            device.port.add_peer(bar.bus_address(bar.start), bar.size, bar.start)
+        return device
 
+    def _make_mapper(self) -> RequestMapper:
+        """The driver's mapping code, with its descriptor pools in the device's coherent memory."""
         pages, fail = DeviceSource(self.device), self.machine.fail
-        self.small = DescriptorPool(pages, SMALL_BYTES, ledger=self.ledger, fail=fail)
-        self.large = DescriptorPool(pages, LARGE_BYTES, ledger=self.ledger, fail=fail)
-        self.mapper = RequestMapper(
-            cast(MappingDevice, self.device),
-            self.small,
-            self.large,
-            ledger=self.ledger,
-            sgl_supported=options.sgl,
-            peer=self.peer,
-        )
+        small = DescriptorPool(pages, SMALL_BYTES, ledger=self.ledger, fail=fail)
+        large = DescriptorPool(pages, LARGE_BYTES, ledger=self.ledger, fail=fail)
+        device = cast(MappingDevice, self.device)
+        return RequestMapper(device, small, large, ledger=self.ledger, sgl_supported=self.options.sgl, peer=self.peer)
 
     def _move_to_peer(self) -> None:
         """Put every buffer into the memory of a peer device, at the same distances, below one switch or not."""
