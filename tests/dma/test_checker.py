@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -383,3 +384,12 @@ def test_events_reach_the_machines_list_through_the_checkers_watch() -> None:
     names = [event[0] for event in events]
     assert names.count("tblmap") == names.count("tblunmap") == 1
     assert names.index("unmap") < names.index("tblunmap")
+
+
+def test_the_documentation_lists_every_rule_in_its_words() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "contract_checker.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    expected = [
+        f"| `{name}` | {rule.text} |{f' {rule.debug} |' if rule.debug else ' |'}" for name, rule in RULES.items()
+    ]
+    assert rows == expected

@@ -11,8 +11,8 @@ or destroy the checker looks whether translations, bounce slots and IOVAs are wh
 names Linux's known defects when one is switched on.
 
 Hooks come in pairs: one before a call checks it, one after it keeps the books and verifies; a call that fails
-changes nothing in the books. One checker serves one or more devices. It never changes what the stack does or counts;
-unlike dma-debug it leaves ``need_unmap`` alone.
+changes nothing in the books. One checker serves one or more devices. It never changes what the stack does or counts
+(but a machine with a checker keeps ``need_unmap`` true, as dma-debug does). docs/contract_checker.md is its manual.
 """
 
 from __future__ import annotations
