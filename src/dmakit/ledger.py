@@ -36,10 +36,10 @@ class Row:
 _MEANINGS = {
     "IOVA_MAGAZINE": ("allocations", "IOVA allocations served by this CPU's loaded or previous magazine"),
     "IOVA_DEPOT": ("allocations", "IOVA allocations that took a full magazine from the depot"),
-    "IOVA_TREE": ("allocations", "IOVA allocations that searched the red-black tree"),
+    "IOVA_TREE": ("allocations", "IOVA allocations served by a search of the tree"),
     "IOVA_FAILED": ("allocations", "IOVA allocations that failed"),
     "IOVA_FREE_MAGAZINE": ("frees", "IOVA frees into a magazine"),
-    "IOVA_FREE_TREE": ("frees", "IOVA frees that removed a tree node"),
+    "IOVA_FREE_TREE": ("frees", "IOVA frees that removed a tree node at once"),
     "TREE_NODES": ("nodes", "tree nodes visited by allocation searches"),
     "RCACHE_FLUSHES": ("flushes", "flushes of all magazines and depots after a failed search"),
     "LOCK_RBTREE": ("locks", "acquisitions of iova_rbtree_lock"),

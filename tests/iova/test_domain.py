@@ -113,6 +113,18 @@ def test_the_negative_cache_refuses_without_a_walk() -> None:
     assert domain.max32_alloc_size == 1 << 20
 
 
+def test_what_failed_below_a_small_limit_is_refused_below_4_gib_by_policy_linux_alone() -> None:
+    linux, augmented = IovaDomain(), IovaDomain(policy="augmented")
+    for domain, second in ((linux, 0), (augmented, 0xFFFC0)):
+        assert alloc(domain, 64, 50, flush=False) == 0
+        assert alloc(domain, 64, flush=False) == second
+    alloc(linux, 64, LIMIT64)
+    linux.free(alloc(linux, 33, LIMIT64))  # a removal above 4 GiB forgets nothing
+    assert alloc(linux, 64, flush=False) == 0
+    linux.free(alloc(linux, 33))
+    assert alloc(linux, 64, flush=False) == 0xFFFC0
+
+
 def test_a_failed_search_drains_every_magazine_and_tries_again() -> None:
     domain = IovaDomain(cpus=2)
     singles = [alloc(domain, 1, 63, cpu=i & 1) for i in range(63)]

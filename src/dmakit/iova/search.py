@@ -10,8 +10,8 @@ last one it inserted (one such node for ranges below 4 GiB, one for the rest), s
 does not look at free space above that node until the walk below has failed; then a second pass walks from
 ``limit`` down to the cached node. A removal at or above a cached node moves that node up to the successor of the
 removed one. ``max32_alloc_size`` is a negative cache: the smallest size known to fail below 4 GiB, forgotten with the
-first removal there. The walk is linear in the ranges it passes, and may fail although a range that the
-kernel's search does not visit would fit (``max32_alloc_size`` is also written by failures of larger limits).
+first removal there. Both passes together see every gap below ``limit``; the negative cache alone makes the search
+fail although something would fit: what failed below a small limit is refused below 4 GiB too.
 
 ``AugmentedSearch`` takes the highest range that fits, in O(log n), from an augmented tree (``tree.IovaTree``). It fails
 only when no gap fits.
