@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from dmakit.clock import VirtualClock
 from dmakit.consts import PAGE_SHIFT, PAGE_SIZE
 from dmakit.dma.device import Device
-from dmakit.errors import ExhaustedError, InputError, MisuseError
+from dmakit.errors import DmakitError, ExhaustedError, InputError, MisuseError
 from dmakit.failpoint import FailPoint
 from dmakit.iommu.domain import PageTableDomain
 from dmakit.iommu.formats.vtdss import VtdSecondStage
@@ -248,7 +248,12 @@ class Machine:
             )
         else:
             merged.update(self._translation(name, requester, merged))
-        device = Device(name, **merged)
+        try:
+            device = Device(name, **merged)
+        except DmakitError:
+            if merged.get("domain") is not None:
+                merged["domain"].detach()
+            raise
         self.devices.append(device)
         if self.events is not None:
             self._record_device(device, self.events)
@@ -259,19 +264,20 @@ class Machine:
         assert self.unit is not None and self.tables is not None
         fmt = VtdSecondStage() if self.iommu == "vtd" else X86_64()
         domain = PageTableDomain(self.unit, fmt, self.tables, levels=self.levels)
-        iovad = IovaDomain(
-            granule=domain.granule,
-            cpus=self.cpus,
-            policy=self.policy,
-            ledger=self.ledger,
-            fail=self.fail,
-            clock=self.clock,
-        )
-        for lo, hi in self._reservations():
-            iovad.reserve(lo, hi)
-        queue = None
-        if self.mode == "lazy" and options.get("trusted", True) and not self.caching_mode:
-            queue = FlushQueue(iovad, domain, cpus=self.cpus, clock=self.clock, ledger=self.ledger, fail=self.fail)
+        try:
+            iovad = IovaDomain(
+                granule=domain.granule,
+                cpus=self.cpus,
+                policy=self.policy,
+                ledger=self.ledger,
+                fail=self.fail,
+                clock=self.clock,
+            )
+            for lo, hi in self._reservations():
+                iovad.reserve(lo, hi)
+        except DmakitError:
+            domain.detach()
+            raise
         port = DmaPort(
             self.memory,
             self.unit,
@@ -281,7 +287,17 @@ class Machine:
             coherent=options["coherent"],
             cache=self.cache,
         )
+        queue = self._flush_queue(iovad, domain) if options.get("trusted", True) else None
         return {"domain": domain, "iovad": iovad, "flush_queue": queue, "gather": Gather(), "port": port}
+
+    def _flush_queue(self, iovad: IovaDomain, domain: PageTableDomain) -> FlushQueue | None:
+        """The queue of a lazy domain; None when the domain must be strict, also for want of memory for the queue."""
+        if self.mode != "lazy" or self.caching_mode:
+            return None
+        try:
+            return FlushQueue(iovad, domain, cpus=self.cpus, clock=self.clock, ledger=self.ledger, fail=self.fail)
+        except ExhaustedError:
+            return None
 
     def _reservations(self) -> tuple[tuple[int, int], ...]:
         """What every IOVA space leaves out: pfn ranges, inclusive."""
