@@ -63,3 +63,11 @@ def largest_fit(start: cython.ulonglong, end: cython.ulonglong) -> cython.ulongl
     if wider + block < end:
         return end - wider
     return block
+
+
+def mix(value: cython.ulonglong, word: cython.ulonglong) -> cython.ulonglong:
+    """Stir ``word`` into a fingerprint (64 bits, the same compiled and interpreted)."""
+    if cython.compiled:
+        return (value ^ word) * 0x5BD1E995 + (value >> 29)
+    else:  # noqa: RET505 (the mask must not be compiled)
+        return ((value ^ word) * 0x5BD1E995 + (value >> 29)) & 0xFFFF_FFFF_FFFF_FFFF

@@ -145,6 +145,16 @@ class IovaDomain:
             raise ExhaustedError(f"no free range of {size} granules at or below pfn {limit_pfn:#x}")
         return pfn
 
+    def alloc(self, size: SupportsIndex, limit_pfn: SupportsIndex, *, cpu: SupportsIndex = 0) -> int:
+        """``alloc_fast`` without magazines and without rounding: one search of the tree (``alloc_iova``)."""
+        cpu, size = self._on_cpu(cpu), within("size", size, 1, self.highest_pfn)
+        limit = within("limit_pfn", limit_pfn, 0, self.highest_pfn)
+        pfn = self._alloc(cpu, size, limit)
+        self.ledger.count(L_IOVA_TREE if pfn else L_IOVA_FAILED)
+        if pfn == 0:
+            raise ExhaustedError(f"no free range of {size} granules at or below pfn {limit:#x}")
+        return pfn
+
     def free_fast(self, pfn: SupportsIndex, size: SupportsIndex, *, cpu: SupportsIndex = 0) -> None:
         """Free the range at ``pfn`` through the magazines of ``cpu`` (``free_iova_fast``)."""
         cpu, size = self._on_cpu(cpu), within("size", size, 1, self.highest_pfn)
@@ -232,6 +242,42 @@ class IovaDomain:
         """Stop the depots' delayed work (``put_iova_domain``): no timer is left on the clock."""
         for order in range(IOVA_RANGE_CACHE_MAX_SIZE):
             self._disarm(order)
+
+    # What a replay needs -----------------------------------------------------------------------------------------
+
+    def copy(self) -> IovaDomain:
+        """An equal domain that shares only ledger and fail point; no work of its depots is on a clock."""
+        twin = IovaDomain(
+            granule=self.granule,
+            start_pfn=self.start_pfn,
+            cpus=self.cpus,
+            policy=self.policy,
+            ledger=self.ledger,
+            fail=self.fail,
+        )
+        twin.search.become(self.search)
+        twin.rcaches.become(self.rcaches)
+        twin._online[:] = self._online
+        twin.online_cpus = self.online_cpus
+        return twin
+
+    def fingerprint(self) -> int:
+        """64 bits of the whole state: domains that answer every later call alike have equal fingerprints."""
+        return hash((self.search.fingerprint(), self.rcaches.fingerprint(), bytes(self._online)))
+
+    def adopt(self, pfn: int, size: int) -> str:
+        """Make the range at ``pfn`` allocated because a recording says so; returns how it was free before.
+
+        ``cached``: it lay in a magazine and was taken out; ``free``: a node was inserted; ``overlap``: allocated
+        ranges stood in the way and were dropped first.
+        """
+        pfn, size = within("pfn", pfn, 1, self.highest_pfn), within("size", size, 1, self.highest_pfn)
+        if self.rcaches.discard(pfn) and self.search.tree.find(pfn) is not None:
+            return "cached"
+        dropped = self.search.adopt(pfn, pfn + size - 1)
+        for lost in dropped:
+            self.rcaches.discard(lost)
+        return "overlap" if dropped else "free"
 
     # What tests and reports look at ------------------------------------------------------------------------------
 

@@ -18,9 +18,11 @@ from dmakit.iova.arrays import widened, zeroed
 if cython.compiled:
     from cython.cimports.dmakit.consts import IOVA_MAG_STRIDE
     from cython.cimports.dmakit.failpoint import FailPoint
+    from cython.cimports.dmakit.iova.bits import mix
 else:
     from dmakit.consts import IOVA_MAG_STRIDE
     from dmakit.failpoint import FailPoint
+    from dmakit.iova.bits import mix
 
 
 @cython.cclass
@@ -41,6 +43,33 @@ class MagazinePool:
         """The pfns of a magazine, the top of the stack last."""
         start = magazine * IOVA_MAG_STRIDE
         return [self.pfns[start + i] for i in range(self.size[magazine])]
+
+    def become(self, other: MagazinePool) -> None:
+        """Hold what ``other`` holds, magazine for magazine; nothing is shared."""
+        items = self.capacity = other.capacity
+        self.pfns = widened("Q", other.pfns, items * IOVA_MAG_STRIDE)
+        self.size, self.link = widened("i", other.size, items), widened("i", other.link, items)
+        self.allocated, self.unused = other.allocated, other.unused
+
+    def fingerprint(self, magazine: int) -> int:
+        """64 bits of a magazine's pfns, in order."""
+        at: cython.Py_ssize_t
+        start: cython.Py_ssize_t = magazine * IOVA_MAG_STRIDE
+        value: cython.ulonglong = 1
+        for at in range(start, start + self.size[magazine]):
+            value = mix(value, self.pfns[at])
+        return value
+
+    def discard(self, magazine: int, pfn: int) -> bool:
+        """Take ``pfn`` out of a magazine, wherever it is, keeping the order of the others; false when not there."""
+        content = self.content(magazine)
+        if pfn not in content:
+            return False
+        content.remove(pfn)
+        self.size[magazine] = 0
+        for kept in content:
+            self._push(magazine, kept)
+        return True
 
     def _chain_unused(self, first: int) -> None:
         for magazine in range(self.capacity - 1, first - 1, -1):

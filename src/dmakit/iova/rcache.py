@@ -34,6 +34,7 @@ if cython.compiled:
         L_LOCK_DEPOT,
     )
     from cython.cimports.dmakit.failpoint import FailPoint
+    from cython.cimports.dmakit.iova.bits import mix
     from cython.cimports.dmakit.iova.magazine import MagazinePool
     from cython.cimports.dmakit.ledger import Ledger
 else:
@@ -46,6 +47,7 @@ else:
         L_LOCK_DEPOT,
     )
     from dmakit.failpoint import FailPoint
+    from dmakit.iova.bits import mix
     from dmakit.iova.magazine import MagazinePool
     from dmakit.ledger import Ledger
 
@@ -69,6 +71,43 @@ class IovaRcaches:
             if not self.loaded[slot] or not self.prev[slot]:
                 raise ExhaustedError(f"no memory for the {2 * slots} magazines of an IOVA domain with {cpus} CPUs")
 
+    def become(self, other: IovaRcaches) -> None:
+        """Hold what ``other``, of as many CPUs, holds; nothing is shared."""
+        self.pool.become(other.pool)
+        self.loaded[:] = other.loaded
+        self.prev[:] = other.prev
+        self.depot[:] = other.depot
+        self.depot_size[:] = other.depot_size
+
+    def chained(self, order: int) -> list[int]:
+        """The magazines of a depot, the top first."""
+        found, magazine = [], self.depot[order]
+        while magazine:
+            found.append(magazine)
+            magazine = self.pool.link[magazine]
+        return found
+
+    def fingerprint(self) -> int:
+        """64 bits of every magazine's content by CPU and order, and of the depots, in order."""
+        value: cython.ulonglong = 2
+        order: cython.int
+        slot: cython.int
+        for slot in range(self.cpus * IOVA_RANGE_CACHE_MAX_SIZE):
+            value = mix(value, self.pool.fingerprint(self.loaded[slot]))
+            value = mix(value, self.pool.fingerprint(self.prev[slot]))
+        for order in range(IOVA_RANGE_CACHE_MAX_SIZE):
+            for magazine in self.chained(order):
+                value = mix(value, self.pool.fingerprint(magazine))
+            value = mix(value, order)
+        return value
+
+    def discard(self, pfn: int) -> bool:
+        """Take ``pfn`` out of whatever magazine holds it; false when none does."""
+        held = list(self.loaded) + list(self.prev)
+        for order in range(IOVA_RANGE_CACHE_MAX_SIZE):
+            held += self.chained(order)
+        return any(self.pool.discard(magazine, pfn) for magazine in held)
+
     def contents(self) -> list[tuple[int, int]]:
         """Every cached range as (pfn, order), magazines first by CPU, then depots."""
         found = []
@@ -77,10 +116,8 @@ class IovaRcaches:
             for magazine in (self.loaded[slot], self.prev[slot]):
                 found += [(pfn, order) for pfn in self.pool.content(magazine)]
         for order in range(IOVA_RANGE_CACHE_MAX_SIZE):
-            magazine = self.depot[order]
-            while magazine:
+            for magazine in self.chained(order):
                 found += [(pfn, order) for pfn in self.pool.content(magazine)]
-                magazine = self.pool.link[magazine]
         return found
 
     def _get(self, cpu: cython.int, order: cython.int, highest: cython.ulonglong) -> cython.ulonglong:

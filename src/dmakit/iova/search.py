@@ -24,13 +24,15 @@ from __future__ import annotations
 
 import cython
 
+from dmakit.errors import ExhaustedError
+
 if cython.compiled:
     from cython.cimports.dmakit.consts import IOVA_ANCHOR, IOVA_NIL
-    from cython.cimports.dmakit.iova.bits import ceil_log2, largest_fit
+    from cython.cimports.dmakit.iova.bits import ceil_log2, largest_fit, mix
     from cython.cimports.dmakit.iova.tree import IovaTree
 else:
     from dmakit.consts import IOVA_ANCHOR, IOVA_NIL
-    from dmakit.iova.bits import ceil_log2, largest_fit
+    from dmakit.iova.bits import ceil_log2, largest_fit, mix
     from dmakit.iova.tree import IovaTree
 
 
@@ -44,6 +46,30 @@ class IovaSearch:
         self.dma_32bit_pfn = dma_32bit_pfn
         self.max32_alloc_size = dma_32bit_pfn
         self.above = IOVA_ANCHOR
+
+    def become(self, other: IovaSearch) -> None:
+        """Hold what ``other`` holds (of the same policy); nothing is shared."""
+        self.tree.become(other.tree)
+        self.max32_alloc_size = other.max32_alloc_size
+        self.above = other.above
+
+    def fingerprint(self) -> int:
+        """64 bits of everything that later searches depend on."""
+        return mix(self.tree.fingerprint(), self.max32_alloc_size)
+
+    def adopt(self, lo: int, hi: int) -> list[int]:
+        """Insert [lo, hi] as if it had been allocated; ranges in the way are removed and their first pfns returned."""
+        dropped = []
+        node: cython.int = self.tree._first_ending_at(lo)
+        while node != IOVA_ANCHOR and self.tree.lo[node] <= hi:
+            dropped.append(self.tree.lo[node])
+            self._remove(node)
+            node = self.tree._first_ending_at(lo)
+        node = self.tree._insert_before(node, lo, hi)
+        if node == IOVA_NIL:
+            raise ExhaustedError("no memory for a node of the IOVA tree")
+        self._inserted(node)
+        return dropped
 
     def _place(self, size: cython.ulonglong, limit: cython.ulonglong) -> cython.ulonglong:
         """First pfn for ``size`` granules below ``limit``, and in ``above`` the node after it; 0 when none."""
@@ -122,6 +148,18 @@ class LinuxSearch(IovaSearch):
         node = self.tree._find(hints[1])
         self.cached32_node = node if node > IOVA_ANCHOR else IOVA_ANCHOR
         self.max32_alloc_size = hints[2]
+
+    def become(self, other: IovaSearch) -> None:
+        """Hold what ``other``, also a LinuxSearch, holds."""
+        IovaSearch.become(self, other)
+        linux: LinuxSearch = other  # type: ignore[assignment]
+        self.cached_node = linux.cached_node
+        self.cached32_node = linux.cached32_node
+
+    def fingerprint(self) -> int:
+        """As of every search, and the places where the next walks begin."""
+        value = mix(IovaSearch.fingerprint(self), self.tree.lo[self.cached_node])
+        return mix(value, self.tree.lo[self.cached32_node])
 
     def _place(self, size: cython.ulonglong, limit: cython.ulonglong) -> cython.ulonglong:
         """Two passes: below the cached node, then from ``limit`` down to it."""

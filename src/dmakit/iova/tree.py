@@ -29,10 +29,10 @@ from dmakit.iova.arrays import widened, zeroed
 
 if cython.compiled:
     from cython.cimports.dmakit.consts import IOVA_ANCHOR, IOVA_NIL
-    from cython.cimports.dmakit.iova.bits import largest_fit
+    from cython.cimports.dmakit.iova.bits import largest_fit, mix
 else:
     from dmakit.consts import IOVA_ANCHOR, IOVA_NIL
-    from dmakit.iova.bits import largest_fit
+    from dmakit.iova.bits import largest_fit, mix
 
 _ALL_ONES = (1 << 64) - 1
 
@@ -73,6 +73,25 @@ class IovaTree:
         """The range that holds ``pfn``, or None."""
         node = self._find(pfn) if 0 <= pfn < _ALL_ONES else IOVA_NIL
         return (self.lo[node], self.hi[node]) if node != IOVA_NIL else None
+
+    def become(self, other: IovaTree) -> None:
+        """Hold what ``other`` holds, node for node; nothing is shared."""
+        items = self.capacity = other.capacity
+        self.lo, self.hi = widened("Q", other.lo, items), widened("Q", other.hi, items)
+        self.fit, self.best = widened("Q", other.fit, items), widened("Q", other.best, items)
+        self.left, self.right = widened("i", other.left, items), widened("i", other.right, items)
+        self.parent, self.height = widened("i", other.parent, items), widened("i", other.height, items)
+        self.prev, self.next = widened("i", other.prev, items), widened("i", other.next, items)
+        self.root, self.unused, self.count, self.visited = other.root, other.unused, other.count, other.visited
+
+    def fingerprint(self) -> int:
+        """64 bits of the ranges, in order: equal for equal ranges, whatever the nodes' indices."""
+        value: cython.ulonglong = 0
+        node: cython.int = self.prev[IOVA_ANCHOR]
+        while node != IOVA_NIL:
+            value = mix(mix(value, self.lo[node]), self.hi[node])
+            node = self.prev[node]
+        return value
 
     # Storage -------------------------------------------------------------------------------------------------
 

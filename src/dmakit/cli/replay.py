@@ -1,0 +1,60 @@
+"""``dmakit replay FILE…``: recorded kernels on our stack, answer for answer."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from typing import Any, Protocol
+
+HELP = "replay recorded kernel traces, golden vectors or step files on dmakit's stack"
+
+
+class _Report(Protocol):
+    @property
+    def explained(self) -> bool: ...
+
+    def as_json(self) -> dict[str, Any]: ...
+
+    def render(self) -> str: ...
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="ftrace text, golden vectors or step files (xz, zstd, gzip)"
+    )
+    parser.add_argument("--boot", metavar="FILE", help="the boot trace (default: NAME.boot.txt beside NAME.trace.txt)")
+    parser.add_argument(
+        "--defect",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="step files: switch a known kernel defect on (or: 7.2)",
+    )
+    parser.add_argument("--json", metavar="PATH", help="write the results as JSON to PATH (- for standard output)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Replay every file; 1 when any answer differs."""
+    from dmakit.cli.output import write_json
+
+    reports = []
+    for path in args.files:
+        report = _replay(path, args)
+        reports.append(report)
+        if args.json != "-":
+            print(report.render(), flush=True)
+    if args.json:
+        write_json([report.as_json() for report in reports], args.json)
+    return 0 if all(report.explained for report in reports) else 1
+
+
+def _replay(path: str, args: argparse.Namespace) -> _Report:
+    from dmakit.trace.replay import file_kind, replay_file
+
+    if file_kind(path) == "jsonl":
+        steps = import_module("dmakit.trace.steps")
+        if steps.is_step_file(path):
+            report: _Report = steps.replay_steps(path, boot=args.boot, defects=tuple(args.defect))
+            return report
+    return replay_file(path, boot=args.boot)
