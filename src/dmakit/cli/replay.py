@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
 from typing import Any, Protocol
 
 HELP = "replay recorded kernel traces, golden vectors or step files on dmakit's stack"
@@ -53,8 +52,8 @@ def _replay(path: str, args: argparse.Namespace) -> _Report:
     from dmakit.trace.replay import file_kind, replay_file
 
     if file_kind(path) == "jsonl":
-        steps = import_module("dmakit.trace.steps")
-        if steps.is_step_file(path):
-            report: _Report = steps.replay_steps(path, boot=args.boot, defects=tuple(args.defect))
-            return report
+        from dmakit.trace.steps import is_step_file, replay_steps
+
+        if is_step_file(path):
+            return replay_steps(path, boot=args.boot, defects=tuple(args.defect))
     return replay_file(path, boot=args.boot)
