@@ -89,8 +89,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @initialize(
         caching_mode=st.booleans(),
-        geometry=st.sampled_from([(4, 1), (8, 2), (64, 8)]),
-        psc=st.sampled_from([1, 4, 16]),
+        geometry=st.sampled_from([(64, 8), (64, 2), (32, 8), (8, 2)]),
+        psc=st.sampled_from([16, 4, 1]),
         policy=st.sampled_from(["lru", "fifo"]),
     )
     def build(self, caching_mode: bool, geometry: tuple[int, int], psc: int, policy: str) -> None:
@@ -108,7 +108,7 @@ class CacheMachine(RuleBasedStateMachine):
         )
         self.dids = [self.unit.attach(VtdSecondStage(), root, LEVELS) for root in TABLES[3]]
         self.truth = [Truth(self.memory, root) for root in TABLES[3]]
-        tlb = DeviceTlb(8, entries=4, ways=2, policy=policy)
+        tlb = DeviceTlb(8, entries=geometry[0], ways=2, policy=policy)
         self.unit.attach_devtlb(tlb, self.dids[0])
         self.port = DmaPort(self.memory, self.unit, self.dids[0], source=8, devtlb=tlb)
         for i, iova in enumerate(ADDRESSES):
@@ -150,6 +150,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(domain=domains, iova=addresses, phys=leaves, prot=st.integers(1, 3))
     def remap(self, domain: int, iova: int, phys: int, prot: int) -> None:
         self.map_small(domain, iova, phys, prot)
+        self.look(domain)
 
     def map_small(self, domain: int, iova: int, phys: int, prot: int) -> None:
         middle = int(self.memory.words[(TABLES[3][domain] >> 3) + (iova >> 30)]) & ADDRESS or TABLES[2][domain]
@@ -230,7 +231,7 @@ class CacheMachine(RuleBasedStateMachine):
                 assert cache.used == len(cache.entries()) <= cache.capacity
 
 
-QUICK = settings(max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=2000, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
 
 
