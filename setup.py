@@ -92,6 +92,7 @@ def to_c(listed: list[Extension]) -> list[Extension]:
             compiler_directives=DIRECTIVES,
             quiet=True,
             include_path=["src"],
+            cache=os.environ.get("DMAKIT_CYTHON_CACHE") or False,
             nthreads=workers,
             annotate=bool(os.environ.get("DMAKIT_ANNOTATE")),
         )
