@@ -81,6 +81,11 @@ def extensions() -> list[Extension]:
     ]
 
 
+def cache_folder() -> Path:
+    """Where translated modules are kept between builds of the same source."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmakit" / "cython"
+
+
 def to_c(listed: list[Extension]) -> list[Extension]:
     """Translate by Cython, in parallel where the machine can (a bare chroot has no semaphores)."""
     from Cython.Build import cythonize
@@ -92,7 +97,7 @@ def to_c(listed: list[Extension]) -> list[Extension]:
             compiler_directives=DIRECTIVES,
             quiet=True,
             include_path=["src"],
-            cache=os.environ.get("DMAKIT_CYTHON_CACHE") or False,
+            cache=str(cache_folder()),
             nthreads=workers,
             annotate=bool(os.environ.get("DMAKIT_ANNOTATE")),
         )
