@@ -41,7 +41,14 @@ def rows() -> list[tuple[str, float, float, float, float, str]]:
 def picture() -> str:
     """The block between the markers."""
     lines = ["```", "one 128 KiB read into 32 scattered pages, VT-d, strict mode, every byte checked", ""]
-    lines.append(f"{'strategy':<12}{'IOVA allocations':>17}{'PTE writes':>12}{'invalidations':>15}{'descriptors':>13}{'modelled ns':>18}")
+    heads = (
+        ("IOVA allocations", 17),
+        ("PTE writes", 12),
+        ("invalidations", 15),
+        ("descriptors", 13),
+        ("modelled ns", 18),
+    )
+    lines.append(f"{'strategy':<12}" + "".join(f"{head:>{width}}" for head, width in heads))
     for name, *figures, modelled in rows():
         cells = "".join(f"{value:>{width},.0f}" for value, width in zip(figures, (17, 12, 15, 13), strict=True))
         lines.append(f"{name:<12}{cells}{modelled:>18}")
