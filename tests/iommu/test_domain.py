@@ -168,6 +168,33 @@ def test_a_queued_gather_is_left_to_the_flush_queue() -> None:
     assert world.tables.free_list(gather.freelist) == 1
 
 
+class Watch(list[tuple[object, ...]]):
+    """An event list that looks at the number of table pages in use whenever a request goes out."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+        self.in_use: list[int] = []
+
+    def append(self, event: tuple[object, ...]) -> None:
+        if event[0] == "qi":
+            self.in_use.append(self.world.tables.in_use)
+        super().append(event)
+
+
+def test_table_pages_are_freed_after_the_request_never_before() -> None:
+    world = World()
+    domain = world.domain()
+    domain.events = domain.unit.events = watch = Watch(world)
+    domain.map(LEAF, K4, M2, R)
+    domain.unmap(LEAF, M2)  # frees one table
+    domain.map(LEAF, K4, K4, R)
+    domain.unmap(LEAF, K4)
+    domain.map(LEAF, M2, M2, R)  # replaces one
+    assert watch.in_use == [4, 4, 4]
+    assert world.tables.in_use == 3
+
+
 def test_stale_translations_answer_until_the_flush_and_not_after() -> None:
     domain = World().domain()
     domain.map(LEAF, 0x123000, K4, RW)

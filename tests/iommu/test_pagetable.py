@@ -193,7 +193,7 @@ def test_a34_table_memory_follows_the_formula() -> None:
     assert table_bytes(tib, K4, 4) == (2 << 30) + (4 << 20) + (8 << 10) + K4  # 1 TiB at 4 KiB: 2 GiB of leaf tables
     assert table_bytes(tib, M2, 4) == (4 << 20) + (8 << 10) + K4
     for levels in (3, 4, 5):
-        for size, leaf in ((G1, K4), (4 * G1 + M2, K4), (64 * G1, M2), (256 * G1, G1), (K4, K4)):
+        for size, leaf in ((G1, K4), (G1 + 3 * M2, K4), (64 * G1, M2), (256 * G1, G1), (K4, K4)):
             world = World()
             table = world.table(levels=levels)
             put(table, 0, K4 if leaf == K4 else M2 if leaf == M2 else 0, size)
