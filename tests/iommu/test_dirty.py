@@ -47,6 +47,15 @@ def test_a_write_dirties_its_leaf_and_reading_clears_it() -> None:
     assert domain.read_and_clear_dirty(BASE + M2, 8 * K4, bitmap) == 1
 
 
+def test_bits_join_those_that_are_there() -> None:
+    _, domain = tracked()
+    for page in (1, 6):
+        domain.unit.translate(domain.did, BASE + M2 + page * K4, True)
+    bitmap = array("Q", [1 << 40])
+    assert domain.read_and_clear_dirty(BASE + M2, 8 * K4, bitmap) == 2
+    assert bits_of(bitmap) == {1, 6, 40}
+
+
 def test_a_large_leaf_dirties_all_its_pages_that_were_asked_for() -> None:
     _, domain = tracked()
     domain.unit.translate(domain.did, BASE + 7 * K4, True)
