@@ -17,14 +17,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dmakit.consts import L_IOVA_TREE
 from dmakit.errors import DmakitError
+from dmakit.trace import step_adopt
 from dmakit.trace.calls import EVENTS, Call, CallTrace, read_calls
 from dmakit.trace.recorded_machine import ALL_ONES, BOUNCE_START, RecordedMachine, Setup, boot_beside, compared
-from dmakit.trace.step_adopt import CACHED_PAGES, make_next, take_back
 from dmakit.trace.step_events import Event
 
 MAP_SIDE = frozenset({"sync", "map", "sg", "alloc", "link"})
@@ -252,7 +253,7 @@ class _CallReplay:
         if addr >> 12 == wanted >> 12 or not addr or wanted in (0, ALL_ONES):
             return made
         _give_back(device, call, made, pages, from_tree)
-        held = make_next(device.iovad, call.cpu, wanted >> 12, pages)
+        held = step_adopt.make_next(device.iovad, call.cpu, wanted >> 12, pages)
         del self.bench.events[before:]
         self.adopted += 1
         made = make()
@@ -381,20 +382,14 @@ def _address(made: Any) -> int:
 
 
 def _give_back(device: Any, call: Call, made: Any, pages: int, from_tree: bool) -> None:
-    """Undo what a call made: its IOVA goes back to where it came from, a magazine or the tree."""
-    iova = _address(made) & ~4095
-    if call.kind in ("map", "sg") and device.flush_queue is not None:  # not through the queue: it never happened
-        device.domain.unmap(iova, pages << 12)
-        device.iovad.free_fast(iova >> 12, pages, cpu=call.cpu)
-    elif call.kind == "map":
-        device.unmap_phys(made, call["size"], call["dir"], call.numbers.get("attrs", 0), cpu=call.cpu)
+    """Undo what a call made."""
+    if call.kind == "map":
+        undo = partial(device.unmap_phys, made, call["size"], call["dir"], call.numbers.get("attrs", 0), cpu=call.cpu)
     elif call.kind == "sg":
-        device.unmap_sg(made, cpu=call.cpu)
+        undo = partial(device.unmap_sg, made, cpu=call.cpu)
     else:
-        made.free()
-    if from_tree and pages <= CACHED_PAGES and (call.kind != "alloc" or device.flush_queue is None):
-        take_back(device.iovad, call.cpu, iova >> 12, pages)
-        device.iovad.free(iova >> 12)
+        undo = made.free
+    step_adopt.give_back(device, call.cpu, _address(made), pages, undo, from_tree, mapped=call.kind in ("map", "sg"))
 
 
 def _cause(call: Call) -> str:

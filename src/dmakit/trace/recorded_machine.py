@@ -107,6 +107,10 @@ class RecordedMachine:
             self.attached[name] = self.machine.device(name, trusted=trusted, unchecked=True)
         return self.attached[name]
 
+    def device_of_iovad(self, iovad: int) -> Any:
+        """The device of the kernel's IOVA domain ``iovad`` (its address in the trace); None when no boot file tells."""
+        return self._iovads.get(iovad)
+
     def owner_of_timer(self, timer: int) -> Any:
         """The device whose flush queue has this timer (it lies inside the kernel's IOVA domain); any armed one
         when no boot file told which domain that is."""

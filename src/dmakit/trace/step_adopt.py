@@ -15,13 +15,16 @@ What was adopted is counted by the caller; nothing adopted counts as matched.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from dmakit.consts import PROT_READ, PROT_WRITE
 from dmakit.errors import InputError
 from dmakit.trace.recorded_machine import ALL_ONES
 from dmakit.trace.step_bench import Bench, Slot
-from dmakit.trace.step_commands import Commands
+from dmakit.trace.step_commands import Answer, Commands
 from dmakit.trace.step_events import Event
 from dmakit.trace.step_file import Step
 
@@ -43,7 +46,19 @@ def adopt_frees(iovad: Any, cpu: int, ours: list[Event], kernel: list[Event], hi
         take_back(iovad, cpu, pfn, pages)
     iovad.search.set_hints(hints)
     for pfn, pages in frees(kernel):
-        iovad.free_fast(pfn, pages, cpu=cpu)
+        if not is_allocated(iovad, pfn):  # from before the recording
+            iovad.reserve(pfn, pfn + pages - 1)
+        put(iovad, cpu, pfn, pages)
+
+
+def put(iovad: Any, cpu: int, pfn: int, pages: int) -> None:
+    """Free as the kernel does, without asking whether a node is there (after a partial destroy none may be)."""
+    iovad.free_batch(array("Q", [pfn]), array("Q", [pages]), cpu=cpu)
+
+
+def is_allocated(iovad: Any, pfn: int) -> bool:
+    """Does a node of our tree hold ``pfn``?"""
+    return any(lo <= pfn <= hi for lo, hi in iovad.nodes())
 
 
 def take_back(iovad: Any, cpu: int, pfn: int, pages: int) -> None:
@@ -76,34 +91,58 @@ def adopt_bytes(bench: Bench, phys: int, runs: list[list[int]]) -> None:
         bench.machine.memory.fill(phys + offset, length, byte)
 
 
-def adopt_window(commands: Commands, slot: Slot, step: Step, kernel: list[Event]) -> None:
-    """Give the slot the IOVA that the kernel's step got (none when the kernel's allocation failed)."""
+def adopt_window(commands: Commands, slot: Slot, step: Step, kernel: list[Event]) -> Answer | None:
+    """Give the slot the IOVA that the kernel's step got (none when the kernel's allocation failed).
+
+    Returns the answer of the step that ran again with it.
+    """
+    again = None
     bench = commands.bench
     device = bench.devices[slot.device]
-    _give_up_window(slot, step, device)
+    _give_up_window(slot, step, device, commands.from_tree)
     answered = [(event[3], event[1]) for event in kernel if event[0] == "af_out" and event[3]]
     if len(answered) == 1:
         pfn, pages = answered[0]
         held = make_next(device.iovad, step.cpu, pfn, pages)
-        commands.run(step)
+        again = commands.run(step)
         for lo in held:
             device.iovad.free(lo)
     bench.take_events()
+    return again
 
 
-def _give_up_window(slot: Slot, step: Step, device: Any) -> None:
+def _give_up_window(slot: Slot, step: Step, device: Any, from_tree: bool) -> None:
     """Undo our side of a ``try``, ``map`` or ``sg`` step that succeeded."""
     if step.op == "try" and slot.state:
-        pfn, pages = slot.state.addr >> 12, (slot.state.addr & 4095) + slot.state.size + 4095 >> 12
-        slot.state.free()
-        if pages <= CACHED_PAGES:
-            take_back(device.iovad, step.cpu, pfn, pages)
-            device.iovad.free(pfn)
+        pages = (slot.state.addr & 4095) + slot.state.size + 4095 >> 12
+        give_back(device, step.cpu, slot.state.addr, pages, slot.state.free, from_tree)
     elif step.op == "map" and slot.addr != ALL_ONES:
-        device.unmap_phys(slot.addr, slot.size, slot.direction, slot.attrs, cpu=step.cpu)
+        pages = (slot.addr & 4095) + slot.size + 4095 >> 12
+        undo = partial(device.unmap_phys, slot.addr, slot.size, slot.direction, slot.attrs, cpu=step.cpu)
+        give_back(device, step.cpu, slot.addr, pages, undo, from_tree, mapped=True)
     elif step.op == "sg" and slot.mapping is not None:
-        device.unmap_sg(slot.mapping, cpu=step.cpu)
+        undo = partial(device.unmap_sg, slot.mapping, cpu=step.cpu)
+        pages = slot.span >> 12
+        give_back(device, step.cpu, slot.base, pages, undo, from_tree, mapped=True)
         slot.mapping = None
+
+
+def give_back(
+    device: Any, cpu: int, addr: int, pages: int, undo: Callable[[], Any], from_tree: bool, *, mapped: bool = False
+) -> None:
+    """Undo what took the IOVA at ``addr``: it goes back to where it came from, a magazine or the tree.
+
+    ``undo`` is the API's way; something ``mapped`` on a lazy device is taken down under the API instead, because the
+    flush queue would keep the IOVA: as if it had never been mapped.
+    """
+    if mapped and device.flush_queue is not None:
+        device.domain.unmap(addr & ~4095, pages << 12)
+        put(device.iovad, cpu, addr >> 12, pages)
+    else:
+        undo()
+    if from_tree and pages <= CACHED_PAGES:
+        take_back(device.iovad, cpu, addr >> 12, pages)
+        device.iovad.free(addr >> 12)
 
 
 def make_next(iovad: Any, cpu: int, pfn: int, pages: int) -> list[int]:
@@ -118,8 +157,8 @@ def make_next(iovad: Any, cpu: int, pfn: int, pages: int) -> list[int]:
         if above_it is None:
             iovad.reserve(pfn, pfn + rounded - 1)
         for other in reversed(above_it or []):
-            iovad.free_fast(other, rounded, cpu=cpu)
-        iovad.free_fast(pfn, rounded, cpu=cpu)
+            put(iovad, cpu, other, rounded)
+        put(iovad, cpu, pfn, rounded)
         return []
     held = []
     above = pfn + pages
@@ -140,7 +179,7 @@ def _pop_down_to(iovad: Any, cpu: int, pfn: int, rounded: int) -> list[int] | No
     if (pfn, rounded) not in cached:
         return None
     popped: list[int] = []
-    for _ in cached:
+    for _ in range(sum(size == rounded for _, size in cached)):
         found = iovad.alloc_fast(rounded, iovad.highest_pfn, False, cpu=cpu)
         if found == pfn:
             return popped

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from dmakit.consts import L_IOVA_TREE
 from dmakit.errors import DmakitError
 from dmakit.trace.recorded_machine import ALL_ONES, compared
 from dmakit.trace.step_bench import Bench, Slot, device_name
@@ -25,6 +26,7 @@ class Commands:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.memory = bench.machine.memory
+        self.from_tree = False  # did the latest step's IOVA come from the tree?
         self._run: dict[str, Callable[[Step], Answer]] = {
             "dev": self._dev, "mask": self._mask, "seg": self._seg, "minalign": self._minalign, "buf": self._buf,
             "fill": self._fill, "peek": self._peek, "try": self._try, "link": self._link, "sync": self._sync,
@@ -36,7 +38,10 @@ class Commands:
     def run(self, step: Step) -> Answer:
         """Run one step; its answer with ``events`` and ``warn``."""
         self.bench.take_events()
+        counts = self.bench.machine.ledger.counts
+        searched = counts[L_IOVA_TREE]
         answer = self._run[step.op](step)
+        self.from_tree = counts[L_IOVA_TREE] != searched
         events = self.bench.take_events()
         if "look" in answer:
             self._describe(answer.pop("look"), answer)
@@ -58,7 +63,9 @@ class Commands:
         name, _, offset = word.partition("+")
         number, at = int(name[1:], 0), int(offset, 0) if offset else 0
         if name[0] == "b":
-            return self.bench.buffers[number] + at
+            buffer = self.bench.buffers.get(number)
+            recorded: int | None = step.record.get("phys")
+            return recorded if buffer is None else buffer + at
         if name[0] == "t":
             slot = self.bench.slot(name[1:])
             return slot.translation(self.bench.look(slot), at)
@@ -72,7 +79,7 @@ class Commands:
     def _dev(self, step: Step) -> Answer:
         device = self.bench.device(device_name(step))
         self.bench.devices[self._number(step, 1)] = device
-        return {"ret": 0}
+        return {"ret": 0, "untrusted": int(not device.trusted), "domain_type": 11 if device.flush_queue else 3}
 
     def _mask(self, step: Step) -> Answer:
         self.bench.devices[self._number(step, 1)].set_mask((1 << self._number(step, 2)) - 1)
@@ -186,17 +193,33 @@ class Commands:
             slot.addr, ret = ALL_ONES, -12 if error.errno else 0
         return {"phys": phys, "ret": ret, "addr": slot.addr, "look": slot}
 
+    def _refusal(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Answer:
+        """A call that returns nothing in the kernel: nothing, or ``ret`` when ours refused."""
+        try:
+            function(*arguments, **options)
+        except DmakitError as error:
+            return {"ret": -error.errno}
+        return {}
+
     def _unmap(self, step: Step) -> Answer:
         slot = self.bench.slot(step.words[1])
         device = self.bench.devices[slot.device]
-        device.unmap_phys(slot.addr, slot.size, slot.direction, slot.attrs, cpu=step.cpu)
-        return {"look": slot}
+        return {
+            **self._refusal(device.unmap_phys, slot.addr, slot.size, slot.direction, slot.attrs, cpu=step.cpu),
+            "look": slot,
+        }
 
     def _sg(self, step: Step) -> Answer:
         slot = self.bench.slot(step.words[1])
         slot.device, slot.direction, slot.attrs = (self._number(step, index) for index in (2, 3, 4))
         device = self.bench.devices[slot.device]
-        segments = [(self.phys(step, i) or 0, self._number(step, i + 1)) for i in range(5, len(step.words) - 1, 2)]
+        places = range(5, len(step.words) - 1, 2)
+        named = [(self.phys(step, i), self._number(step, i + 1)) for i in places]
+        recorded = step.record.get("in", [])
+        segments = [
+            (recorded[i][0] if phys is None and i < len(recorded) else phys or 0, size)
+            for i, (phys, size) in enumerate(named)
+        ]
         answer: Answer = {"max_seg": device.max_segment, "boundary": device.boundary, "in": _lists(segments)}
         try:
             slot.mapping = device.map_sg(segments, slot.direction, slot.attrs, cpu=step.cpu)
@@ -208,9 +231,11 @@ class Commands:
 
     def _unsg(self, step: Step) -> Answer:
         slot = self.bench.slot(step.words[1])
-        self.bench.devices[slot.device].unmap_sg(slot.mapping, cpu=step.cpu)
+        if slot.mapping is None:
+            return {"ret": -22, "look": slot}
+        answer = self._refusal(self.bench.devices[slot.device].unmap_sg, slot.mapping, cpu=step.cpu)
         slot.mapping = None
-        return {"look": slot}
+        return {**answer, "look": slot}
 
     # looking -------------------------------------------------------------------------------------------------
 

@@ -23,14 +23,15 @@ from dmakit.trace.step_bench import Bench, Slot
 from dmakit.trace.step_commands import Answer, Commands
 from dmakit.trace.step_events import Event, Flush, KernelEvents, separate, warning_function
 from dmakit.trace.step_file import Step, StepFile, is_step_file, load_steps
+from dmakit.trace.step_unknown import UnknownState
 
 __all__ = ["StepDifference", "StepsResult", "is_step_file", "replay_steps"]
 
 RECORDED_KERNEL = "7.2"
 #: The fields of a record that are answers; the rest is input or bookkeeping of the recorder.
 FIELDS = (
-    "ret", "phys", "len", "addr", "size", "max_seg", "boundary", "in", "out", "sg_after", "base", "span", "tr", "bytes",
-    "leaves", "warn", "events", "after", "skipped",
+    "ret", "untrusted", "domain_type", "phys", "len", "addr", "size", "max_seg", "boundary", "in", "out", "sg_after",
+    "base", "span", "tr", "bytes", "leaves", "warn", "events", "after", "skipped",
 )  # fmt: skip
 
 
@@ -56,6 +57,7 @@ class StepsResult:
     matched: int
     differences: list[StepDifference]
     kind: str = "steps"
+    adopted: int = 0
     defects: tuple[str, ...] = ()
     unknown_events: dict[str, int] = field(default_factory=dict)
 
@@ -76,6 +78,7 @@ class StepsResult:
             "kind": self.kind,
             "steps": self.steps,
             "matched": self.matched,
+            "adopted": self.adopted,
             "differences": [asdict(difference) for difference in self.differences],
             "divergence": asdict(self.divergence) if self.divergence else None,
             "unknown_events": self.unknown_events,
@@ -84,6 +87,10 @@ class StepsResult:
     def render(self, limit: int = 10) -> str:
         """Lines for people: the count, then the differences by defect, then the first ``limit`` unexplained ones."""
         lines = [f"{self.file}: {self.matched} of {self.steps} steps equal to the kernel's"]
+        if self.adopted:
+            lines.append(
+                f"  {self.adopted} steps depend on what came before the recording: adopted, not counted as equal"
+            )
         by_defect: dict[str, list[StepDifference]] = {}
         for difference in self.differences:
             by_defect.setdefault(difference.defect or "not explained", []).append(difference)
@@ -139,6 +146,8 @@ class _Replay:
         self.commands = Commands(self.bench)
         self.differences: list[StepDifference] = []
         self.unknown: dict[str, int] = {}
+        self.before = UnknownState(file, self.bench)
+        self.adopted = 0
 
     def run(self) -> StepsResult:
         matched = sum(self._step(step) for step in self.file.steps)
@@ -147,6 +156,7 @@ class _Replay:
             len(self.file.steps),
             matched,
             self.differences,
+            adopted=self.adopted,
             defects=self.defects,
             unknown_events=self.unknown,
         )
@@ -158,16 +168,42 @@ class _Replay:
             self.unknown[name] = self.unknown.get(name, 0) + 1
         before = [flush for flush in recorded.flushes if self._fires_before(flush, recorded)]
         later = [flush for flush in recorded.flushes if flush not in before]
+        adopted_so_far = self.before.adopted
         flushes = [self._fire(flush) for flush in before]
+        found, adopted = self._command(step, recorded)
+        flushes += [self._fire(flush) for flush in later]
+        if self.before.adopted == adopted_so_far + adopted:  # no flush was adopted
+            found += self._compare(step, {"after": flushes}, {"after": [flush.events for flush in before + later]})
+        else:
+            adopted = True
+        self.differences += found
+        self.adopted += adopted
+        return not found and not adopted
+
+    def _command(self, step: Step, recorded: KernelEvents) -> tuple[list[StepDifference], bool]:
+        """Run the step's command; its differences, and whether it was adopted as depending on what came before."""
+        self.before.prepare(step)
+        if self.before.adopts_slot(step):
+            return [], True
         hints = self.bench.hints()
         answer = self._skipped(step) if step.skipped and not self._runs_here(step) else self.commands.run(step)
-        found = self._compare(step, answer, self._expected(step, recorded))
-        if found:
-            self._adopt(step, answer, recorded, hints, {difference.field for difference in found})
-        flushes += [self._fire(flush) for flush in later]
-        found += self._compare(step, {"after": flushes}, {"after": [flush.events for flush in before + later]})
-        self.differences += found
-        return not found
+        expected = self._expected(step, recorded)
+        found = self._compare(step, answer, expected)
+        if not found:
+            if any(event[0] == "af_out" for event in recorded.own):
+                self.before.saw_allocation(self._device(step))
+            return [], False
+        again = self._adopt(step, answer, recorded, hints, {difference.field for difference in found})
+        if again is not None and self.before.adopts_allocation(self._device(step), answer["events"], recorded.own):
+            self.before.adopted += 1
+            left = {difference.field for difference in self._compare(step, again, expected)}
+            return [difference for difference in found if difference.field in left], True
+        if {difference.field for difference in found} == {"events"}:
+            return (found, False) if not self.before.adopts_table(answer["events"], recorded.own) else ([], True)
+        return found, False
+
+    def _device(self, step: Step) -> Any:
+        return self.bench.devices[int(step.words[2], 0)]
 
     def _fire(self, flush: Flush) -> list[Event]:
         """Let the timer run that ran here; what it did. The kernel's frees are adopted when they differ."""
@@ -175,6 +211,7 @@ class _Replay:
         owner = self.bench.owner_of_timer(flush.timer)
         ours = compared(self.bench.flush(flush.timer, flush.cpu))
         if owner is not None:
+            self.before.adopts_flush(owner, ours, flush.events)
             step_adopt.adopt_frees(owner.iovad, flush.cpu, ours, flush.events, hints[owner.name])
             self.bench.take_events()
         return ours
@@ -220,22 +257,27 @@ class _Replay:
 
     def _adopt(
         self, step: Step, answer: Answer, recorded: KernelEvents, hints: dict[str, step_adopt.Hints], fields: set[str]
-    ) -> None:
-        """Bring the bench to the kernel's state after a step that differs in ``fields``."""
+    ) -> Answer | None:
+        """Bring the bench to the kernel's state after a step that differs in ``fields``.
+
+        When that took another IOVA, the answer of the step that ran again.
+        """
+        again = None
         slot = self._slot(step)
         if "bytes" in fields and "phys" in answer:
             step_adopt.adopt_bytes(self.bench, answer["phys"], step.record["bytes"])
         if slot is None or slot.device < 0:
-            return
+            return None
         device = self.bench.devices[slot.device]
         if "events" in fields:
             step_adopt.adopt_frees(device.iovad, step.cpu, answer["events"], recorded.own, hints[device.name])
         if {"addr", "ret", "out"} & fields and step.op in ("try", "map", "sg"):
-            step_adopt.adopt_window(self.commands, slot, step, recorded.own)
+            again = step_adopt.adopt_window(self.commands, slot, step, recorded.own)
         if "tr" in fields and "tr" in step.record:
             slot.base, slot.span = step.record["base"], step.record["span"]
             step_adopt.adopt_tables(self.bench, slot, step.record["tr"])
         self.bench.take_events()
+        return again
 
     def _slot(self, step: Step) -> Slot | None:
         return self.bench.slot(step.words[1]) if step.op in _SLOT_OPS else None
