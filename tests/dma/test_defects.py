@@ -66,6 +66,66 @@ def test_3_the_unwind_of_a_failed_tail(on: bool) -> None:
 
 
 @pytest.mark.parametrize("on", [False, True])
+def test_4_a_failed_map_reported_as_success(on: bool) -> None:
+    machine, device = world(None, defects=("failed-map-reported-as-success",) if on else ())
+    phys = machine.buffer(PAGE).ranges[0][0]
+    state = device.try_alloc(0, PAGE)
+    if on:
+        state.link(phys, 0, PAGE, Direction.NONE)
+        assert device.iova_to_phys(state.addr) == 0
+    else:
+        with pytest.raises(MisuseError):
+            state.link(phys, 0, PAGE, Direction.NONE)
+    state.free()
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_6_dma_buf_ranges(on: bool) -> None:
+    machine, device = world({"fragmentation": 1.0}, defects=("dmabuf-links-at-zero",) if on else ())
+    memory = machine.buffer(4 * PAGE)
+    memory.write(0, pattern(4 * PAGE))
+    if on:
+        with pytest.raises(MisuseError) as caught:
+            device.map_ranges(memory.ranges, TO)
+        assert caught.value.errno_name == "EADDRINUSE"
+    else:
+        with device.map_ranges(memory.ranges, TO) as mapping:
+            assert len(memory.ranges) == 4 and [length for _, length in mapping.segments] == [4 * PAGE]
+            assert device.dma_read(mapping.segments[0][0], 4 * PAGE) == pattern(4 * PAGE)
+    assert machine.live()["iova_ranges"] == 0
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_7_pieces_that_do_not_meet_on_granules(on: bool) -> None:
+    machine, device = world({"fragmentation": 1.0}, defects=("tso-links-unaligned-pieces",) if on else ())
+    pages = [machine.pages.alloc() for _ in range(3)]
+    ranges = [(pages[0] + 0x80, 0x40), (pages[1] + 0x200, 0x5A8), (pages[2], 0x600)]
+    for i, (phys, size) in enumerate(ranges):
+        machine.memory.write(phys, pattern(size, i))
+    events: list[tuple[object, ...]] = []
+    machine.record_events(events)
+    with device.map_ranges(ranges, TO) as mapping:
+        assert [device.dma_read(a, n) for a, n in mapping.segments] == [
+            pattern(n, i) for i, (_, n) in enumerate(ranges)
+        ]
+    warnings = [event for event in events if event[0] == "warn"]
+    assert warnings == ([("warn", "dma_iova_link: unaligned start at offset > 0")] if on else [])
+    assert machine.live()["iova_ranges"] == 0
+
+
+def test_map_ranges_without_a_window_maps_each_range() -> None:
+    machine, device = world({"iommu": "none", "fragmentation": 1.0})
+    ranges = [(machine.pages.alloc(), PAGE) for _ in range(3)]
+    mapping = device.map_ranges(ranges, TO)
+    assert mapping.segments == ranges
+    mapping.unmap()
+    with pytest.raises(MisuseError, match="these ranges are not mapped"):
+        mapping.unmap()
+    with pytest.raises(MisuseError, match="at least one range"):
+        device.map_ranges([], TO)
+
+
+@pytest.mark.parametrize("on", [False, True])
 def test_8_when_bounce_slots_are_released(on: bool) -> None:
     machine, device = world(None, defects=("unlink-frees-slots-before-unmap",) if on else (), **UNTRUSTED)
     memory = machine.buffer(PAGE)

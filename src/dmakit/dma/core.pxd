@@ -11,6 +11,7 @@ from dmakit.swiotlb.bounce cimport Swiotlb
 cdef unsigned long long MASK_32BIT
 cdef unsigned long long LARGE_LEAF
 cdef int _SLOTS_EXHAUSTED
+cdef int _FAILED_MAP_REPORTED_AS_SUCCESS
 cdef int _KMALLOC_MINALIGN
 
 cdef class MapCore:
@@ -59,6 +60,8 @@ cdef class MapCore:
     cdef unsigned long long _fail(self, int error, int why) noexcept
     cdef unsigned long long _alloc_iova(self, unsigned long long size, unsigned long long limit, int cpu) except? 0
     cdef int _free_iova(self, unsigned long long iova, unsigned long long size, bint queued, int cpu) except -1
+    cdef int _map_entries(
+        self, unsigned long long iova, unsigned long long phys, unsigned long long size, int prot, int cpu) except? -1
     cdef int _for_device(self, unsigned long long phys, unsigned long long size, int direction) except -1
     cdef int _for_cpu(self, unsigned long long phys, unsigned long long size, int direction) except -1
     cdef unsigned long long _bounce_in(

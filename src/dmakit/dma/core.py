@@ -25,6 +25,7 @@ from typing import Any
 
 import cython
 
+from dmakit.dma.defects import FAILED_MAP_REPORTED_AS_SUCCESS
 from dmakit.reasons import Reason
 
 if cython.compiled:
@@ -72,6 +73,7 @@ MASK_32BIT = (1 << 32) - 1
 LARGE_LEAF = 1 << 21
 
 _SLOTS_EXHAUSTED = int(Reason.SLOTS_EXHAUSTED)
+_FAILED_MAP_REPORTED_AS_SUCCESS = FAILED_MAP_REPORTED_AS_SUCCESS
 _KMALLOC_MINALIGN = 128  # ARCH_DMA_MINALIGN of arm64: buckets below twice this size may share a cache line
 _CACHE_ALIGNMENT = 64
 
@@ -203,6 +205,15 @@ class MapCore:
         else:
             self.iovad._free_fast(cpu, pfn, size >> self.granule_shift)
         return 0
+
+    def _map_entries(
+        self, iova: cython.ulonglong, phys: cython.ulonglong, size: cython.ulonglong, prot: cython.int, cpu: cython.int
+    ) -> cython.int:
+        """Entries for whole granules, without sync: 0 or −errno (iommu_map_nosync)."""
+        error: cython.int = self.domain._map(iova, phys, size, prot, cpu)
+        if error != 0 and self.defects & _FAILED_MAP_REPORTED_AS_SUCCESS:
+            return 0
+        return error
 
     # CPU caches ---------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ import cython
 
 from dmakit.consts import DMA_NONE, PAGE_SIZE
 from dmakit.dma import coherent as _coherent
+from dmakit.dma import phys_vec as _phys_vec
 from dmakit.dma.defects import defect_bits
 from dmakit.dma.direction import Attrs, checked_attrs, checked_direction
 from dmakit.dma.report import map_error, sg_error
@@ -264,6 +265,16 @@ class Device(Scatter):
             if self.checker is not None:
                 self.checker.allocated(self, state)
         return state
+
+    def map_ranges(
+        self, ranges: Sequence[tuple[int, int]], direction: int, attrs: int = 0, *, cpu: int = 0
+    ) -> _phys_vec.RangeMapping:
+        """Map several (phys, size) as one device range where they meet on granules, each by itself elsewhere."""
+        if not ranges:
+            raise MisuseError("map_ranges: needs at least one range")
+        for phys, size in ranges:
+            _checked_range("map_ranges", phys, size)
+        return _phys_vec.map_ranges(self, ranges, checked_direction(direction), checked_attrs(attrs), cpu)
 
     def _state_closed(self, state: IovaState) -> None:
         self.states.remove(state)

@@ -9,7 +9,7 @@ bounced). Everything else a caller must remember is an offset: nothing else is s
         state.link(other, 64 * KIB, 64 * KIB, Direction.TO_DEVICE)
         state.sync(0, 128 * KIB)
 
-Rules (docs/api/two_step.md tells them function by function):
+Rules (docs/two_step.md tells them function by function):
 
 * Whole granules become visible to the device: only the first piece may start, and only the last may end, inside a
   granule. A piece that starts inside one at offset > 0 is refused (−EIO).
@@ -165,8 +165,7 @@ class IovaState:
         core: MapCore = self.core
         if core._needs_cache_care(attrs):
             core._for_device(phys, size, direction)
-        error: cython.int = core.domain._map(iova, phys, size, core._prot(direction, attrs), cpu)
-        return error
+        return core._map_entries(iova, phys, size, core._prot(direction, attrs), cpu)
 
     def _link_bounced(
         self,

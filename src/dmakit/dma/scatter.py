@@ -338,7 +338,7 @@ class Scatter(Streaming):
                     run += sg.span[i]
                     continue
             if run != 0:
-                error = self.domain._map(iova + mapped, start, run, prot, cpu)
+                error = self._map_entries(iova + mapped, start, run, prot, cpu)
                 if error != 0:
                     break
                 mapped += run

@@ -164,7 +164,7 @@ class Streaming(MapCore):
         iova = self._alloc_iova(length, self.mask, cpu)
         if iova == 0:
             return self._fail(-ENOMEM, _IOVA_EXHAUSTED)
-        error = self.domain._map(iova, phys - pad, length, prot, cpu)
+        error = self._map_entries(iova, phys - pad, length, prot, cpu)
         if error == 0:
             error = self.domain._sync_map(iova, length, cpu)
             if error != 0:
