@@ -27,7 +27,7 @@ Ranges = Sequence[tuple[int, int]]
 
 
 class RangeMapping:
-    """Mapped ranges: ``segments`` (bus address, length) for the device, until ``unmap`` or the end of a ``with`` block."""
+    """Mapped ranges: ``segments`` (bus address, length) for the device, until ``unmap`` or the end of ``with``."""
 
     def __init__(self, device: Any, direction: int, attrs: int, cpu: int) -> None:
         self.device = device

@@ -134,6 +134,7 @@ class SgMapping:
         open_length: cython.ulonglong = 0
         offset: cython.ulonglong
         size: cython.ulonglong
+        fits: cython.bint
         i: cython.Py_ssize_t = 0
         for i in range(self.entries):
             size = self.length[i]
@@ -145,12 +146,8 @@ class SgMapping:
                 open_length = 0
                 continue
             offset = self.phys[i] & granule_mask
-            if (
-                open_length != 0
-                and offset == 0
-                and iova & boundary != 0
-                and (max_segment - open_length) & _UINT_MASK >= size
-            ):
+            fits = (max_segment - open_length) & _UINT_MASK >= size
+            if open_length != 0 and offset == 0 and iova & boundary != 0 and fits:
                 open_length += size
             else:
                 out += 1

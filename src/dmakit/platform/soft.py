@@ -118,18 +118,18 @@ class Machine:
         self.node_pages: list[PageAllocator] = []
         self._lay_out(_bytes("ram", ram), nodes, seed, fragmentation, swiotlb, pool)
         self.cache = None if coherent else CpuCache(self.memory)
-        self.unit: IommuUnit | None = None
-        self.tables: TablePages | None = None
-        if self.iommu != "none":
-            self.tables = TablePages(self.table_pages, ledger=self.ledger)
-            self.unit = IommuUnit(
-                self.memory,
-                ledger=self.ledger,
-                caching_mode=caching_mode,
-                coherent_walker=coherent_walker,
-                **(unit_options or {}),
-            )
+        self.unit = None if self.iommu == "none" else self._make_unit(unit_options or {})
+        self.tables = None if self.iommu == "none" else TablePages(self.table_pages, ledger=self.ledger)
         self.checker = self._make_checker(checker)
+
+    def _make_unit(self, options: dict[str, Any]) -> IommuUnit:
+        return IommuUnit(
+            self.memory,
+            ledger=self.ledger,
+            caching_mode=self.caching_mode,
+            coherent_walker=self.coherent_walker,
+            **options,
+        )
 
     # Memory ------------------------------------------------------------------------------------------------
 
