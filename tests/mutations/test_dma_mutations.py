@@ -1,0 +1,127 @@
+"""Rules of the mapping calls: each, when broken, turns a test red."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.mutations.harness import ROOT, Mutation, caught, copy_tree, origin, run_tests
+
+TWO_STEP = ("tests/dma/test_two_step_features.py",)
+STREAMING = ("tests/dma/test_streaming.py",)
+SCATTER = ("tests/dma/test_scatter.py",)
+SWEEP = ("tests/dma/test_fail_nth.py",)
+STATE = "src/dmakit/dma/iova_state.py"
+
+MUTATIONS = (
+    Mutation(
+        "tail-is-not-bounced",
+        STATE,
+        "tail: cython.ulonglong = (phys + size) & core.granule_mask",
+        "tail: cython.ulonglong = 0",
+        TWO_STEP,
+    ),
+    Mutation(
+        "head-takes-a-whole-granule",
+        STATE,
+        "done = min(size, core.granule_mask + 1 - pad)",
+        "done = min(size, core.granule_mask + 1)",
+        TWO_STEP,
+    ),
+    Mutation(
+        "pads-are-not-cleared",
+        "src/dmakit/dma/core.py",
+        "if align_mask != 0 and not self.trusted:",
+        "if align_mask == 0 and not self.trusted:",
+        TWO_STEP,
+    ),
+    Mutation(
+        "start-rule-is-not-checked", STATE, "if pad != 0 and offset != 0:", "if pad != 0 and offset < 0:", TWO_STEP
+    ),
+    Mutation(
+        "unlink-waits-for-the-queue",
+        STATE,
+        "queued: cython.bint = free_iova and core.flush_queue is not None",
+        "queued: cython.bint = core.flush_queue is not None",
+        TWO_STEP,
+    ),
+    Mutation(
+        "destroy-frees-what-was-mapped",
+        STATE,
+        "if not core.defects & _PARTIAL_DESTROY:",
+        "if core.defects & _PARTIAL_DESTROY:",
+        TWO_STEP,
+    ),
+    Mutation(
+        "failed-bounce-keeps-its-slot",
+        STATE,
+        "        if error != 0:\n            core._bounce_out(tlb, size, direction, attrs)",
+        "        if error > 0:\n            core._bounce_out(tlb, size, direction, attrs)",
+        TWO_STEP,
+    ),
+    Mutation(
+        "failed-map-keeps-its-iova",
+        "src/dmakit/dma/streaming.py",
+        "        if error != 0:\n            self._free_iova(iova, length, False, cpu)",
+        "        if error > 0:\n            self._free_iova(iova, length, False, cpu)",
+        SWEEP,
+    ),
+    Mutation(
+        "slot-freed-before-the-flush",
+        "src/dmakit/dma/streaming.py",
+        "        self._iommu_unmap(addr, size, cpu)\n        if phys != 0 and self._is_slot(phys):",
+        "        if phys == 0 and self._is_slot(phys):",
+        STREAMING,
+    ),
+    Mutation(
+        "sg-ignores-the-boundary",
+        "src/dmakit/dma/scatter.py",
+        "if pad != 0 and pad < padded - 1:",
+        "if pad != 0 and pad < 0:",
+        SCATTER,
+    ),
+    Mutation(
+        "sg-merges-over-max-segment",
+        "src/dmakit/dma/scatter.py",
+        "fits = (max_segment - open_length) & _UINT_MASK >= size",
+        "fits = True",
+        SCATTER,
+    ),
+    Mutation(
+        "32-bit-first-for-ever",
+        "src/dmakit/dma/core.py",
+        "            self.prefer_32bit = False\n",
+        "            self.prefer_32bit = True\n",
+        TWO_STEP,
+    ),
+)
+ALWAYS = ("tail-is-not-bounced", "head-takes-a-whole-granule")  # the others run with -m long
+
+
+@pytest.fixture(scope="module")
+def sound_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy without any mutation: it runs from its own sources, and its tests pass."""
+    tree = copy_tree(tmp_path_factory.mktemp("sound") / "tree")
+    assert origin(tree) == tree / "src" / "dmakit" / "__init__.py"
+    run = run_tests(tree, (*TWO_STEP, *STREAMING, *SCATTER))
+    assert run.returncode == 0, run.stdout[-3000:]
+    return tree
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_every_mutation_still_applies(mutation: Mutation) -> None:
+    assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
+
+
+@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name in ALWAYS], ids=lambda mutation: mutation.name)
+def test_a_broken_rule_turns_a_test_red(mutation: Mutation, sound_copy: Path, tmp_path: Path) -> None:
+    assert sound_copy.exists()
+    caught(mutation, copy_tree(tmp_path / "tree"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name not in ALWAYS], ids=lambda mutation: mutation.name)
+def test_another_broken_rule_turns_a_test_red(mutation: Mutation, sound_copy: Path, tmp_path: Path) -> None:
+    assert sound_copy.exists()
+    caught(mutation, copy_tree(tmp_path / "tree"))
