@@ -30,6 +30,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="step files: switch a known kernel defect on (or: 7.2)",
     )
+    parser.add_argument(
+        "--calls",
+        action="store_true",
+        help="traces: run the DMA API calls themselves on the whole stack and compare what they cause"
+        " (invalidations, scatterlists, bounce slots) instead of the allocator alone",
+    )
     parser.add_argument("--json", metavar="PATH", help="write the results as JSON to PATH (- for standard output)")
 
 
@@ -56,4 +62,8 @@ def _replay(path: str, args: argparse.Namespace) -> _Report:
 
         if is_step_file(path):
             return replay_steps(path, boot=args.boot, defects=tuple(args.defect))
+    elif args.calls:
+        from dmakit.trace.call_replay import replay_calls
+
+        return replay_calls(path, boot=args.boot, defects=tuple(args.defect) or ("7.2",))
     return replay_file(path, boot=args.boot)

@@ -90,9 +90,14 @@ class CallsResult:
             and all(stream.first is None for stream in self.streams.values())
         )
 
+    @property
+    def explained(self) -> bool:
+        """What the exit status of ``dmakit replay`` asks: nothing differs."""
+        return self.equal
+
     def as_json(self) -> dict[str, Any]:
         """The object of ``--json``."""
-        return asdict(self)
+        return {**asdict(self), "equal": self.equal}
 
     def render(self) -> str:
         """Lines for people."""
