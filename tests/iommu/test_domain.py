@@ -314,6 +314,17 @@ def test_a_domain_that_cannot_be_made_leaks_nothing() -> None:
     assert PageTableDomain(domain.unit, domain.table.fmt, world.tables).did == 2
 
 
+def test_a_detached_domain_maps_and_translates_nothing() -> None:
+    world = World()
+    domain = world.domain()
+    domain.map(K4, K4, K4, R)
+    domain.detach()
+    with pytest.raises(MisuseError, match=r"^map \[0x1000, 0x2000\) to 0x1000: the domain is detached$"):
+        domain.map(K4, K4, K4, R)
+    assert (domain.unmap(K4, K4), domain.iova_to_phys(K4), domain.table.leaves()) == (0, 0, [])
+    assert world.memory.read(0, K4) == bytes(K4)
+
+
 def test_a_domain_declares_what_it_is() -> None:
     domain = World().domain()
     assert (domain.granule, domain.page_sizes, domain.aperture_end) == (K4, K4 | M2 | G1, (1 << 48) - 1)

@@ -99,6 +99,8 @@ def map_error(error: int, iova: int, phys: int, size: int, prot: int, mapped: in
         return MisuseError(f"{what}: wraps around the end of the 64-bit address space", error)
     if error == ENOMEM:
         return ExhaustedError(f"{what}: no memory for a table page", error)
+    if table.root == 0:
+        return MisuseError(f"{what}: the domain is detached", error)
     if prot & (PROT_READ | PROT_WRITE) == 0:
         return MisuseError(f"{what}: prot={prot:#x} permits neither reading nor writing", error)
     return MisuseError(f"{what}: the size must not be 0", error)

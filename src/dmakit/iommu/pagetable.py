@@ -227,8 +227,8 @@ class PageTable:
     def _check(
         self, iova: cython.ulonglong, phys: cython.ulonglong, size: cython.ulonglong, prot: cython.int
     ) -> cython.int:
-        """The argument rules, in the kernel's order: 0 or -errno."""
-        if prot & (PROT_READ | PROT_WRITE) == 0:
+        """The argument rules, in the kernel's order: 0 or -errno (-EINVAL also once the table is destroyed)."""
+        if prot & (PROT_READ | PROT_WRITE) == 0 or self.root == 0:
             return -EINVAL
         if phys >> self.fmt.output_bits != 0:
             return -ERANGE
