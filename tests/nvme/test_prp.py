@@ -129,6 +129,13 @@ def test_blocks_by_number_of_pages(pages: int, sizes: list[int]) -> None:
     assert all(block.addr % block.size == 0 for block in blocks)
 
 
+@pytest.mark.parametrize(("tail", "size"), [(0, SMALL_BYTES), (1, LARGE_BYTES), (4095, LARGE_BYTES)])
+def test_a_partial_page_counts_as_an_entry(tail: int, size: int) -> None:
+    writer = PrpWriter(*pools())
+    _, _, (block,) = writer.build([(1 << 20, 33 * PAGE + tail)])
+    assert block.size == size
+
+
 def test_the_last_entry_moves_to_the_next_page_and_becomes_the_link() -> None:
     writer = PrpWriter(*pools())
     prp1, prp2, blocks = writer.build([((1 << 20) + at * 2 * PAGE, PAGE) for at in range(514)])

@@ -1,0 +1,107 @@
+"""Rules of request mapping and of PRP and SGL lists: each, when broken, turns a test red."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.mutations.harness import Mutation, caught, copy_tree, run_tests
+
+ITERATOR = ("tests/block/test_dma_iter.py",)
+REQUESTS = ("tests/block/test_requests.py",)
+MAPPING = ("tests/nvme/test_mapping.py",)
+PRP = ("tests/nvme/test_prp.py",)
+SGL = ("tests/nvme/test_sgl.py",)
+
+MUTATIONS = (
+    Mutation(
+        "gap-mask-rule",
+        "src/dmakit/block/dma_iter.py",
+        "return payload.gap_mask & boundary == 0",
+        "return payload.gap_mask & boundary == 0 or payload.count > 2",
+        ITERATOR,
+    ),
+    Mutation(
+        "gap-looks-at-starts-only",
+        "src/dmakit/block/segments.py",
+        "return (following & PAGE_MASK_LOW) | ((phys & PAGE_MASK_LOW) + length)",
+        "return following & PAGE_MASK_LOW",
+        ITERATOR,
+    ),
+    Mutation(
+        "gap-keeps-the-highest-bit",
+        "src/dmakit/block/request.py",
+        "self.gap_bit = lowest_bit(gaps)",
+        "self.gap_bit = int(gaps).bit_length()",
+        REQUESTS,
+    ),
+    Mutation(
+        "older-rule-without-virt-boundary",
+        "src/dmakit/block/dma_iter.py",
+        "return (request.limits.virt_boundary_mask + 1) & boundary == 0",
+        "return request.limits.virt_boundary_mask & boundary == 0",
+        ITERATOR,
+    ),
+    Mutation(
+        "segment-crosses-its-boundary",
+        "src/dmakit/block/segments.py",
+        "return (phys | boundary) == ((following + more - 1) | boundary)",
+        "return (phys | boundary) == (following | boundary)",
+        REQUESTS,
+    ),
+    Mutation(
+        "simple-path-takes-three-pages",
+        "src/dmakit/nvme/mapping.py",
+        "offset + length <= 2 * PAGE_SIZE",
+        "offset + length <= 3 * PAGE_SIZE",
+        MAPPING,
+    ),
+    Mutation(
+        "gap-does-not-force-sgl",
+        "src/dmakit/nvme/mapping.py",
+        "(request.data.gap_bit != 0 and request.data.gap_bit <= 12)",
+        "(request.data.gap_bit != 0 and request.data.gap_bit <= 8)",
+        MAPPING,
+    ),
+    Mutation(
+        "chain-loses-the-moved-entry",
+        "src/dmakit/nvme/prp.py",
+        "block.words[0] = self.words[self.slot - 1]",
+        "block.words[0] = self.words[self.slot - 2]",
+        PRP,
+    ),
+    Mutation(
+        "small-block-takes-one-more",
+        "src/dmakit/nvme/prp.py",
+        "if (self.left + _LOW) >> 12 <= _PER_SMALL:",
+        "if self.left >> 12 < _PER_SMALL + 1:",
+        PRP,
+    ),
+    Mutation(
+        "sgl-segment-not-last", "src/dmakit/nvme/sgl.py", "_LAST_SEGMENT = 3 << 60", "_LAST_SEGMENT = 2 << 60", SGL
+    ),
+)
+ALWAYS = ("gap-mask-rule",)  # the others run with -m long
+
+
+@pytest.fixture(scope="module")
+def sound_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy without any mutation, in which the tests pass."""
+    tree = copy_tree(tmp_path_factory.mktemp("sound") / "tree")
+    run = run_tests(tree, (*ITERATOR, *REQUESTS, *MAPPING, *PRP, *SGL))
+    assert run.returncode == 0, run.stdout[-3000:]
+    return tree
+
+
+@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name in ALWAYS], ids=lambda mutation: mutation.name)
+def test_a_broken_rule_turns_a_test_red(mutation: Mutation, sound_copy: Path, tmp_path: Path) -> None:
+    assert sound_copy.exists()
+    caught(mutation, copy_tree(tmp_path / "tree"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name not in ALWAYS], ids=lambda mutation: mutation.name)
+def test_another_broken_rule_turns_a_test_red(mutation: Mutation, sound_copy: Path, tmp_path: Path) -> None:
+    assert sound_copy.exists()
+    caught(mutation, copy_tree(tmp_path / "tree"))
