@@ -372,3 +372,26 @@ def test_no_failure_leaks(kind: str, size: int, offset: int) -> None:
             return
         nth += step
         assert nth < 400
+
+
+def test_a_reset_that_fails_stops_the_driver_and_leaks_nothing() -> None:
+    nth = 0
+    while True:
+        rig = Rig(machine={"fragmentation": 1.0, "mode": "strict"}, entries=8).start()
+        rig.driver.submit(Request(Op.WRITE, rig.buffer(49152).ranges))
+        rig.machine.fail.arm(nth)
+        try:
+            rig.driver.reset()
+        except DmakitError:
+            assert rig.driver.admin is None
+        fired = rig.machine.fail.fired
+        rig.machine.fail.disarm()
+        assert [done.text for done in rig.driver.cancelled] == ["ABORT_REQUESTED"]
+        rig.driver.stop()
+        rig.device.release()
+        assert set(rig.left().values()) == {0}, nth
+        if not fired:
+            assert nth > 3
+            return
+        nth += 1
+        assert nth < 200

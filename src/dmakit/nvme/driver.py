@@ -48,7 +48,7 @@ from dmakit.reasons import PathLog, Reason
 
 _OPCODES = {Op.READ: Io.READ, Op.WRITE: Io.WRITE, Op.FLUSH: Io.FLUSH, Op.WRITE_ZEROES: Io.WRITE_ZEROES,
             Op.DISCARD: Io.DSM, Op.DRV_IN: Io.READ, Op.DRV_OUT: Io.WRITE}  # fmt: skip
-_STATUS = {
+_STATUS: dict[int, BlkStatus] = {
     Status.SUCCESS: BlkStatus.OK,
     Status.LBA_OUT_OF_RANGE: BlkStatus.TARGET,
     Status.INVALID_OPCODE: BlkStatus.NOTSUPP,
@@ -61,10 +61,7 @@ _STATUS = {
 
 def blk_status_of(status: int) -> BlkStatus:
     """The block layer's status for an NVMe status field (``nvme_error_status``)."""
-    return _STATUS.get(Status(status & 0x7FF), BlkStatus.IOERR) if status & 0x7FF in _KNOWN else BlkStatus.IOERR
-
-
-_KNOWN = {int(status) for status in _STATUS}
+    return _STATUS.get(status & 0x7FF, BlkStatus.IOERR)
 
 
 @dataclass(slots=True)
@@ -116,6 +113,7 @@ class NvmeDriver:
         self.paths = PathLog(PATHS, FAST_PATHS)
         self.costs: PhaseCosts = PhaseCosts(self.device.ledger)
         self.submitted = 0
+        self.cancelled: list[Done] = []
         self.pairs: list[QueuePair] = []
         self.admin: AdminDriver | None = None
         self.mapper: RequestMapper
@@ -195,10 +193,13 @@ class NvmeDriver:
             admin.free(self.small.destroy, self.large.destroy)
 
     def reset(self) -> list[Done]:
-        """Disable, cancel everything in flight (returned with IOERR), and bring the controller up again."""
+        """Disable, cancel everything in flight (returned with IOERR), and bring the controller up again.
+
+        When that fails the driver is stopped; what was cancelled is in ``cancelled`` either way.
+        """
         admin = self._started()
         admin.disable()
-        cancelled = self._cancel()
+        self.cancelled = self._cancel()
         for pair in self.pairs:
             pair.free()
         self.pairs.clear()
@@ -207,9 +208,10 @@ class NvmeDriver:
         except DmakitError:
             self.stop(quiet=True)
             raise
-        return cancelled
+        return self.cancelled
 
     def _cancel(self) -> list[Done]:
+        """Unmap everything in flight: the controller was reset and will complete none of it."""
         flights = [flight for pair in self.pairs for flight in pair.cancel()]
         return [self._finish(flight, int(Status.ABORT_REQUESTED), None) for flight in flights]  # type: ignore[arg-type]
 
