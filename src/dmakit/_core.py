@@ -32,6 +32,7 @@ COMPILED_MODULES = (
     "dmakit.block.dma_iter",
     "dmakit.block.request",
     "dmakit.block.segments",
+    "dmakit.dma.batch",
     "dmakit.dma.core",
     "dmakit.dma.device",
     "dmakit.dma.iova_state",

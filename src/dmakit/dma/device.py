@@ -15,7 +15,7 @@ its bus. Sizes are bytes. Models ``kernel/dma/mapping.c`` and ``include/linux/dm
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import cython
 
@@ -23,7 +23,7 @@ from dmakit.consts import DMA_NONE, PAGE_SIZE
 from dmakit.dma import coherent as _coherent
 from dmakit.dma import phys_vec as _phys_vec
 from dmakit.dma.defects import defect_bits
-from dmakit.dma.direction import Attrs, checked_attrs, checked_direction
+from dmakit.dma.direction import Attrs, checked_attrs, checked_cpu, checked_direction, checked_range, integer
 from dmakit.dma.report import map_error, sg_error
 from dmakit.errors import MisuseError
 from dmakit.swiotlb.bounce import max_mapping_size
@@ -67,15 +67,11 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def _checked_mask(name: str, mask: int) -> int:
-    if not isinstance(mask, int) or mask <= 0 or mask > U64 or mask & (mask + 1):
+def _checked_mask(name: str, mask: object) -> int:
+    number = integer(mask)
+    if number is None or number <= 0 or number > U64 or number & (number + 1):
         raise MisuseError(f"{name}={mask!r}: must be 2**n - 1 with n from 1 to 64")
-    return mask
-
-
-def _checked_range(call: str, start: int, size: int) -> None:
-    if not isinstance(start, int) or not isinstance(size, int) or start < 0 or size <= 0 or start + size > 1 << 64:
-        raise MisuseError(f"{call}: [{start!r}, +{size!r}): must be a non-empty range of 64-bit addresses")
+    return number
 
 
 @cython.cclass
@@ -119,92 +115,151 @@ class Device(Scatter):
 
     # What the driver tells about its device ----------------------------------------------------------------
 
-    def set_mask(self, mask: int, coherent_mask: int | None = None) -> None:
+    def set_mask(self, mask: SupportsIndex, coherent_mask: SupportsIndex | None = None) -> None:
         """``dma_set_mask`` (2**n - 1), and ``dma_set_coherent_mask`` when given."""
         self.mask = _checked_mask("mask", mask)
         if coherent_mask is not None:
             self.coherent_mask = _checked_mask("coherent_mask", coherent_mask)
 
-    def set_max_segment(self, size: int) -> None:
+    def set_max_segment(self, size: SupportsIndex) -> None:
         """``dma_set_max_seg_size``: the longest output segment of a scatterlist (bytes)."""
-        if not isinstance(size, int) or not 0 < size < 1 << 32:
+        number = integer(size)
+        if number is None or not 0 < number < 1 << 32:
             raise MisuseError(f"max_segment={size!r}: must be 1 to 2**32 - 1 bytes")
-        self.max_segment = size
+        self.max_segment = number
 
-    def set_boundary(self, mask: int) -> None:
+    def set_boundary(self, mask: SupportsIndex) -> None:
         """``dma_set_seg_boundary`` (2**n - 1): no output segment crosses a multiple of mask + 1."""
         self.boundary = _checked_mask("boundary", mask)
 
-    def set_min_align_mask(self, mask: int) -> None:
+    def set_min_align_mask(self, mask: SupportsIndex) -> None:
         """``dma_set_min_align_mask``: the address bits that a bounce slot must preserve (0 = none)."""
-        self.min_align_mask = _checked_mask("min_align_mask", mask) if mask else 0
+        self.min_align_mask = 0 if integer(mask) == 0 else _checked_mask("min_align_mask", mask)
 
     # One piece ---------------------------------------------------------------------------------------------
 
-    def map_phys(self, phys: int, size: int, direction: int, attrs: int = 0, *, cpu: int = 0) -> int:
+    def map_phys(
+        self,
+        phys: SupportsIndex,
+        size: SupportsIndex,
+        direction: SupportsIndex,
+        attrs: SupportsIndex = 0,
+        *,
+        cpu: SupportsIndex = 0,
+    ) -> int:
         """Map memory for the device; returns the bus address (``dma_map_phys``)."""
-        _checked_range("map_phys", phys, size)
-        direction, attrs = checked_direction(direction), checked_attrs(attrs)
-        if direction == DMA_NONE:
+        start, length = checked_range("map_phys", phys, size)
+        way, how, on = checked_direction(direction), checked_attrs(attrs), checked_cpu(cpu, self.ledger.cpus)
+        if way == DMA_NONE:
             raise MisuseError("map_phys: Direction.NONE cannot be mapped")
         if self.checker is not None:
-            self.checker.mapping(self, phys, size, direction, attrs)
-        addr = self._map_phys(phys, size, direction, attrs, cpu)
-        if addr == 0:
-            raise map_error(self, phys, size, attrs)
+            self.checker.mapping(self, start, length, way, how)
+        found = self._map_phys(start, length, way, how, on)
+        if found == 0:
+            raise map_error(self, start, length, how)
         if self.checker is not None:
-            self.checker.mapped(self, addr, phys, size, direction, attrs)
-        return int(addr)
+            self.checker.mapped(self, found, start, length, way, how)
+        return int(found)
 
-    def unmap_phys(self, addr: int, size: int, direction: int, attrs: int = 0, *, cpu: int = 0) -> None:
+    def unmap_phys(
+        self,
+        addr: SupportsIndex,
+        size: SupportsIndex,
+        direction: SupportsIndex,
+        attrs: SupportsIndex = 0,
+        *,
+        cpu: SupportsIndex = 0,
+    ) -> None:
         """Undo ``map_phys``, with the same size, direction and attributes (``dma_unmap_phys``)."""
-        _checked_range("unmap_phys", addr, size)
-        direction, attrs = checked_direction(direction), checked_attrs(attrs)
+        start, length = checked_range("unmap_phys", addr, size)
+        way, how, on = checked_direction(direction), checked_attrs(attrs), checked_cpu(cpu, self.ledger.cpus)
         if self.checker is not None:
-            self.checker.unmapping(self, addr, size, direction, attrs)
-        if self._unmap_phys(addr, size, direction, attrs, cpu) != 0:
-            raise MisuseError(f"unmap_phys: nothing is mapped at {addr:#x}", rule="not-mapped")
+            self.checker.unmapping(self, start, length, way, how)
+        if self._unmap_phys(start, length, way, how, on) != 0:
+            raise MisuseError(f"unmap_phys: nothing is mapped at {start:#x}", rule="not-mapped")
 
-    def map_page(self, phys: int, size: int, direction: int, attrs: int = 0, *, cpu: int = 0) -> int:
+    def map_page(
+        self,
+        phys: SupportsIndex,
+        size: SupportsIndex,
+        direction: SupportsIndex,
+        attrs: SupportsIndex = 0,
+        *,
+        cpu: SupportsIndex = 0,
+    ) -> int:
         """``dma_map_page_attrs``: as ``map_phys``, for memory that has a struct page (MMIO is refused)."""
-        if checked_attrs(attrs) & Attrs.MMIO or not self.memory.is_ram(phys):
-            raise MisuseError(f"map_page: phys={phys:#x} must be RAM, and Attrs.MMIO is not allowed; use map_resource")
-        return self.map_phys(phys, size, direction, attrs, cpu=cpu)
+        start, length = checked_range("map_page", phys, size)
+        if checked_attrs(attrs) & Attrs.MMIO or not self.memory.is_ram(start):
+            raise MisuseError(f"map_page: phys={start:#x} must be RAM, and Attrs.MMIO is not allowed; use map_resource")
+        return self.map_phys(start, length, direction, attrs, cpu=cpu)
 
-    def unmap_page(self, addr: int, size: int, direction: int, attrs: int = 0, *, cpu: int = 0) -> None:
+    def unmap_page(
+        self,
+        addr: SupportsIndex,
+        size: SupportsIndex,
+        direction: SupportsIndex,
+        attrs: SupportsIndex = 0,
+        *,
+        cpu: SupportsIndex = 0,
+    ) -> None:
         """Undo ``map_page``."""
         self.unmap_phys(addr, size, direction, attrs, cpu=cpu)
 
-    def map_resource(self, phys: int, size: int, direction: int, attrs: int = 0, *, cpu: int = 0) -> int:
+    def map_resource(
+        self,
+        phys: SupportsIndex,
+        size: SupportsIndex,
+        direction: SupportsIndex,
+        attrs: SupportsIndex = 0,
+        *,
+        cpu: SupportsIndex = 0,
+    ) -> int:
         """Map device memory (a BAR): ``map_phys`` with Attrs.MMIO; no cache maintenance, never bounced."""
-        _checked_range("map_resource", phys, size)
-        if self.memory.is_ram(phys):
-            raise MisuseError(f"map_resource: phys={phys:#x} is RAM; use map_phys", rule="resource-is-ram")
-        return self.map_phys(phys, size, direction, attrs | Attrs.MMIO, cpu=cpu)
+        start, length = checked_range("map_resource", phys, size)
+        if self.memory.is_ram(start):
+            raise MisuseError(f"map_resource: phys={start:#x} is RAM; use map_phys", rule="resource-is-ram")
+        return self.map_phys(start, length, direction, checked_attrs(attrs) | Attrs.MMIO, cpu=cpu)
 
-    def unmap_resource(self, addr: int, size: int, direction: int, attrs: int = 0, *, cpu: int = 0) -> None:
+    def unmap_resource(
+        self,
+        addr: SupportsIndex,
+        size: SupportsIndex,
+        direction: SupportsIndex,
+        attrs: SupportsIndex = 0,
+        *,
+        cpu: SupportsIndex = 0,
+    ) -> None:
         """Undo ``map_resource``."""
-        self.unmap_phys(addr, size, direction, attrs | Attrs.MMIO, cpu=cpu)
+        self.unmap_phys(addr, size, direction, checked_attrs(attrs) | Attrs.MMIO, cpu=cpu)
 
-    def sync_single_for_cpu(self, addr: int, size: int, direction: int) -> None:
+    def sync_single_for_cpu(self, addr: SupportsIndex, size: SupportsIndex, direction: SupportsIndex) -> None:
         """Let the CPU read what the device wrote to [addr, addr+size) of a live mapping."""
         self._sync("sync_single_for_cpu", addr, size, direction, True)
 
-    def sync_single_for_device(self, addr: int, size: int, direction: int) -> None:
+    def sync_single_for_device(self, addr: SupportsIndex, size: SupportsIndex, direction: SupportsIndex) -> None:
         """Let the device see what the CPU wrote."""
         self._sync("sync_single_for_device", addr, size, direction, False)
 
-    def _sync(self, call: str, addr: int, size: int, direction: int, for_cpu: bool) -> None:
-        _checked_range(call, addr, size)
-        direction = checked_direction(direction)
+    def _sync(
+        self, call: str, addr: SupportsIndex, size: SupportsIndex, direction: SupportsIndex, for_cpu: bool
+    ) -> None:
+        start, length = checked_range(call, addr, size)
+        way = checked_direction(direction)
         if self.checker is not None:
-            self.checker.syncing(self, addr, size, direction, for_cpu)
-        if self._sync_single(addr, size, direction, for_cpu) != 0:
-            raise MisuseError(f"{call}: nothing is mapped at {addr:#x}", rule="not-mapped")
+            self.checker.syncing(self, start, length, way, for_cpu)
+        if self._sync_single(start, length, way, for_cpu) != 0:
+            raise MisuseError(f"{call}: nothing is mapped at {start:#x}", rule="not-mapped")
 
     # Scatterlists ------------------------------------------------------------------------------------------
 
-    def map_sg(self, segments: Sequence[tuple[int, int]], direction: int, attrs: int = 0, *, cpu: int = 0) -> SgMapping:
+    def map_sg(
+        self,
+        segments: Sequence[tuple[int, int]],
+        direction: SupportsIndex,
+        attrs: SupportsIndex = 0,
+        *,
+        cpu: SupportsIndex = 0,
+    ) -> SgMapping:
         """Map a list of (phys, length) at once (``dma_map_sg``); ``.segments`` of the answer is what the device gets.
 
         An entry may be a peer's device memory when the device has a ``p2p`` state; UnsupportedError (EREMOTEIO) when
@@ -213,23 +268,22 @@ class Device(Scatter):
         sg = SgMapping(len(segments))
         sg.direction, sg.attrs = checked_direction(direction), checked_attrs(attrs)
         for i, segment in enumerate(segments):
-            _checked_range("map_sg", segment[0], segment[1])
-            sg.phys[i], sg.length[i] = segment[0], segment[1]
+            sg.phys[i], sg.length[i] = checked_range("map_sg", segment[0], segment[1])
         sg.entries = len(segments)
-        count = self._map_sg(sg, cpu)
+        count = self._map_sg(sg, checked_cpu(cpu, self.ledger.cpus))
         if count <= 0:
             raise sg_error(self, int(count), sg)
         if self.checker is not None:
             self.checker.mapped_sg(self, sg)
         return sg
 
-    def unmap_sg(self, sg: SgMapping, *, cpu: int = 0) -> None:
+    def unmap_sg(self, sg: SgMapping, *, cpu: SupportsIndex = 0) -> None:
         """Undo ``map_sg``."""
         if not sg.live:
             raise MisuseError("unmap_sg: this list is not mapped", rule="double-unmap")
         if self.checker is not None:
             self.checker.unmapping_sg(self, sg)
-        self._unmap_sg(sg, cpu)
+        self._unmap_sg(sg, checked_cpu(cpu, self.ledger.cpus))
 
     def sync_sg_for_cpu(self, sg: SgMapping) -> None:
         """Let the CPU read what the device wrote to a live list."""
@@ -248,51 +302,60 @@ class Device(Scatter):
 
     # Two steps ---------------------------------------------------------------------------------------------
 
-    def try_alloc(self, phys: int, size: int, *, cpu: int = 0) -> IovaState:
+    def try_alloc(self, phys: SupportsIndex, size: SupportsIndex, *, cpu: SupportsIndex = 0) -> IovaState:
         """A window of ``size`` bytes of IOVA (``dma_iova_try_alloc``); falsy when the device or the space has none.
 
         Only phys's offset inside a granule matters (0 for page-aligned users). MisuseError for a size of 0 or one
         that uses bit 63.
         """
-        if not isinstance(phys, int) or not 0 <= phys <= U64:
+        start, length, on = integer(phys), integer(size), checked_cpu(cpu, self.ledger.cpus)
+        if start is None or not 0 <= start <= U64:
             raise MisuseError(f"try_alloc: phys={phys!r}: must be a 64-bit address")
-        if not isinstance(size, int) or (not 0 < size < 1 << 63 and not (self.unchecked and 0 <= size <= U64)):
+        if length is None or (not 0 < length < 1 << 63 and not (self.unchecked and 0 <= length <= U64)):
             raise MisuseError(f"try_alloc: size={size!r}: must be 1 to 2**63 - 1 bytes (bit 63 is the state's own)")
         state = IovaState()
-        if state._try_alloc(self, phys, size, cpu) != 0:
-            state._open(self, cpu)
+        if state._try_alloc(self, start, length, on) != 0:
+            state._open(self, on)
             self.states.append(state)
             if self.checker is not None:
                 self.checker.allocated(self, state)
         return state
 
     def map_ranges(
-        self, ranges: Sequence[tuple[int, int]], direction: int, attrs: int = 0, *, cpu: int = 0
+        self,
+        ranges: Sequence[tuple[int, int]],
+        direction: SupportsIndex,
+        attrs: SupportsIndex = 0,
+        *,
+        cpu: SupportsIndex = 0,
     ) -> _phys_vec.RangeMapping:
         """Map several (phys, size) as one device range where they meet on granules, each by itself elsewhere."""
         if not ranges:
             raise MisuseError("map_ranges: needs at least one range")
-        for phys, size in ranges:
-            _checked_range("map_ranges", phys, size)
-        return _phys_vec.map_ranges(self, ranges, checked_direction(direction), checked_attrs(attrs), cpu)
+        pieces = [checked_range("map_ranges", phys, size) for phys, size in ranges]
+        on = checked_cpu(cpu, self.ledger.cpus)
+        return _phys_vec.map_ranges(self, pieces, checked_direction(direction), checked_attrs(attrs), on)
 
     def _state_closed(self, state: IovaState) -> None:
         self.states.remove(state)
 
     # Memory that driver and device share -------------------------------------------------------------------
 
-    def alloc_coherent(self, size: int, attrs: int = 0, *, cpu: int = 0) -> _coherent.CoherentMemory:
+    def alloc_coherent(
+        self, size: SupportsIndex, attrs: SupportsIndex = 0, *, cpu: SupportsIndex = 0
+    ) -> _coherent.CoherentMemory:
         """Memory that CPU and device see alike at any time (``dma_alloc_coherent``); released by its ``free``."""
-        _checked_range("alloc_coherent", 0, size)
-        return _coherent.allocate(self, size, self.coherent_mask, -1, checked_attrs(attrs), cpu)
+        _, length = checked_range("alloc_coherent", 0, size)
+        on = checked_cpu(cpu, self.ledger.cpus)
+        return _coherent.allocate(self, length, self.coherent_mask, -1, checked_attrs(attrs), on)
 
     def alloc_noncontiguous(
-        self, size: int, direction: int, attrs: int = 0, *, cpu: int = 0
+        self, size: SupportsIndex, direction: SupportsIndex, attrs: SupportsIndex = 0, *, cpu: SupportsIndex = 0
     ) -> _coherent.CoherentMemory:
         """Pages that need not be neighbours, one bus-address range (``dma_alloc_noncontiguous``); sync as streaming."""
-        _checked_range("alloc_noncontiguous", 0, size)
-        mask = self.coherent_mask
-        return _coherent.allocate(self, size, mask, checked_direction(direction), checked_attrs(attrs), cpu)
+        _, length = checked_range("alloc_noncontiguous", 0, size)
+        way, how, on = checked_direction(direction), checked_attrs(attrs), checked_cpu(cpu, self.ledger.cpus)
+        return _coherent.allocate(self, length, self.coherent_mask, way, how, on)
 
     def _map_ranges(
         self, ranges: list[tuple[int, int]], size: int, direction: int, attrs: int, mask: int, cpu: int
@@ -357,28 +420,32 @@ class Device(Scatter):
         """``dma_need_unmap``: False when unmapping has nothing to do. Ask after all mappings were made."""
         return self.translating or not self.skip_sync or self.debug
 
-    def iova_to_phys(self, addr: int) -> int:
+    def iova_to_phys(self, addr: SupportsIndex) -> int:
         """What the device's address ``addr`` leads to by the tables (0 = nothing); the address itself when direct."""
-        return int(self.domain._iova_to_phys(addr)) if self.translating else addr
+        start, _ = checked_range("iova_to_phys", addr, 1)
+        return int(self.domain._iova_to_phys(start)) if self.translating else start
 
-    def leaf_across(self, addr: int) -> bool:
+    def leaf_across(self, addr: SupportsIndex) -> bool:
         """Whether one page-table leaf begins before bus address ``addr`` and ends after it."""
-        return bool(self.translating and self.domain._leaf_across(addr))
+        start, _ = checked_range("leaf_across", addr, 1)
+        return bool(self.translating and self.domain._leaf_across(start))
 
     # The device's own accesses -----------------------------------------------------------------------------
 
-    def dma_read(self, addr: int, size: int) -> bytes:
+    def dma_read(self, addr: SupportsIndex, size: SupportsIndex) -> bytes:
         """The device reads ``size`` bytes from bus address ``addr``; FaultError where the IOMMU blocks it."""
-        data: bytes = self.port.read(addr, size)
+        start, length = checked_range("dma_read", addr, size)
+        data: bytes = self.port.read(start, length)
         if self.checker is not None:
-            self.checker.accessed(self, addr, size, False)
+            self.checker.accessed(self, start, length, False)
         return data
 
-    def dma_write(self, addr: int, data: bytes | bytearray | memoryview) -> None:
+    def dma_write(self, addr: SupportsIndex, data: bytes | bytearray | memoryview) -> None:
         """The device writes ``data``."""
-        self.port.write(addr, data)
+        start, _ = checked_range("dma_write", addr, 1)
+        self.port.write(start, data)
         if self.checker is not None:
-            self.checker.accessed(self, addr, len(data), True)
+            self.checker.accessed(self, start, len(data), True)
 
     # End ---------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ Model: ``include/linux/dma-direction.h``, ``include/linux/dma-mapping.h``.
 from __future__ import annotations
 
 from enum import IntEnum, IntFlag
+from functools import reduce
+from operator import index, or_
 
 from dmakit import consts
 from dmakit.errors import MisuseError
@@ -42,18 +44,44 @@ class Attrs(IntFlag):
     CC_SHARED = consts.ATTR_CC_SHARED
 
 
-_ALL_ATTRS = int(~Attrs(0))
+_ALL_ATTRS = int(reduce(or_, Attrs))
 
 
-def checked_direction(direction: int) -> int:
+def integer(value: object) -> int | None:
+    """``value`` as an int when it is an integer of any kind, else None."""
+    try:
+        return index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def checked_direction(direction: object) -> int:
     """``direction`` as an integer 0…3; MisuseError otherwise."""
-    if not isinstance(direction, int) or not 0 <= direction <= 3:
+    number = integer(direction)
+    if number is None or not 0 <= number <= 3:
         raise MisuseError(f"direction={direction!r}: must be one of the four Direction values (0 to 3)")
-    return int(direction)
+    return number
 
 
-def checked_attrs(attrs: int) -> int:
+def checked_attrs(attrs: object) -> int:
     """``attrs`` as an integer of known DMA_ATTR bits; MisuseError otherwise."""
-    if not isinstance(attrs, int) or attrs < 0 or attrs & ~_ALL_ATTRS:
+    number = integer(attrs)
+    if number is None or number < 0 or number & ~_ALL_ATTRS:
         raise MisuseError(f"attrs={attrs!r}: must be a combination of Attrs (known bits {_ALL_ATTRS:#x})")
-    return int(attrs)
+    return number
+
+
+def checked_range(call: str, start: object, size: object) -> tuple[int, int]:
+    """[start, start+size) as two integers; MisuseError unless it is a non-empty range of 64-bit addresses."""
+    first, length = integer(start), integer(size)
+    if first is None or length is None or first < 0 or length <= 0 or first + length > 1 << 64:
+        raise MisuseError(f"{call}: [{start!r}, +{size!r}): must be a non-empty range of 64-bit addresses")
+    return first, length
+
+
+def checked_cpu(cpu: object, cpus: int) -> int:
+    """``cpu`` as an integer below ``cpus``; MisuseError otherwise."""
+    number = integer(cpu)
+    if number is None or not 0 <= number < cpus:
+        raise MisuseError(f"cpu={cpu!r}: must be 0 to {cpus - 1}, a CPU of the machine")
+    return number

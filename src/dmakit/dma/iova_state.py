@@ -5,9 +5,8 @@ the offset of the memory inside its granule) and ``size_word`` (the bytes asked 
 bounced). Everything else a caller must remember is an offset: nothing else is stored per piece.
 
     with device.try_alloc(phys, 128 * KIB) as state:
-        state.link(phys, 0, 64 * KIB, Direction.TO_DEVICE)
-        state.link(other, 64 * KIB, 64 * KIB, Direction.TO_DEVICE)
-        state.sync(0, 128 * KIB)
+        state.link(phys, 0, 128 * KIB, Direction.TO_DEVICE)
+        state.sync()
 
 Rules (docs/two_step.md tells them function by function):
 
@@ -18,19 +17,20 @@ Rules (docs/two_step.md tells them function by function):
   frees the window and may leave the flush to the queue; ``free`` frees a window in which nothing is linked.
 * An untrusted device gets the unaligned head and tail of a piece as copies in bounce slots, the middle in place.
 
-Internals return 0 or −errno and do not look whether the state is alive: like the kernel's, a destroyed state keeps
-its words. The public methods do, and remember what they linked so that a ``with`` block can undo it.
+Internals return 0 or −errno and ask no questions: like the kernel's, a destroyed state keeps its words. The public
+methods look whether the state is alive, and remember what they linked so that a ``with`` block can undo it.
 
 Models ``drivers/iommu/dma-iommu.c`` (dma_iova_*), ``include/linux/dma-mapping.h``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import cython
 
-from dmakit.dma.direction import checked_attrs, checked_direction
+from dmakit.dma.direction import checked_attrs, checked_cpu, checked_direction, integer
+from dmakit.dma.pieces import one_run, without
 from dmakit.dma.report import link_error
 from dmakit.errors import MisuseError
 from dmakit.reasons import Reason
@@ -265,7 +265,10 @@ class IovaState:
         pad: cython.ulonglong = addr & core.granule_mask
         length: cython.ulonglong = core._aligned(size + pad)
         slow: cython.bint = (self.size_word & USE_SWIOTLB) != 0 or core._needs_cache_care(attrs)
+        slots_first: cython.bint = (core.defects & _SLOTS_FREED_BEFORE_UNMAP) != 0
         queued: cython.bint = free_iova and core.flush_queue is not None
+        if self.size_word & USE_SWIOTLB and not slots_first:
+            queued = False  # a slot may be released only when the device cannot reach it any more
         if (
             self.size_word & _SIZE_BITS >= LARGE_LEAF
             and not core.defects & _UNLINK_CUTS_LEAF
@@ -274,7 +277,7 @@ class IovaState:
             return -EINVAL
         if slow:
             core._remember(addr, size)
-            if core.defects & _SLOTS_FREED_BEFORE_UNMAP:
+            if slots_first:
                 core._release_remembered(direction, attrs)
         core.gather._init()
         core.gather.queued = queued
@@ -338,19 +341,32 @@ class IovaState:
                 f"{call}: this state has no live window (never allocated, freed or destroyed)", rule="stale-state"
             )
 
-    def _check_range(self, call: str, offset: int, size: int) -> None:
+    def _check_range(self, call: str, offset: object, size: object) -> tuple[int, int]:
         self._check_alive(call)
+        start, length = integer(offset), integer(size)
         least = 0 if self.core.unchecked else 1
-        if not isinstance(offset, int) or not isinstance(size, int) or offset < 0 or size < least:
+        if start is None or length is None or start < 0 or length < least or start + length >> 64:
             raise MisuseError(f"{call}: offset={offset!r}, size={size!r}: must be integers, offset >= 0 and size > 0")
-        if offset + size > self.size and not self.core.unchecked:
+        if start + length > self.size and not self.core.unchecked:
             raise MisuseError(
-                f"{call}: [{offset:#x}, {offset + size:#x}) is outside the window of {self.size:#x} bytes",
+                f"{call}: [{start:#x}, {start + length:#x}) is outside the window of {self.size:#x} bytes",
                 rule="outside-window",
             )
+        return start, length
+
+    def _on_cpu(self, cpu: object) -> int:
+        """The CPU of a call: the window's own when none was given."""
+        return int(self.cpu) if cpu is None else checked_cpu(cpu, self.core.ledger.cpus)
 
     def link(
-        self, phys: int, offset: int, size: int, direction: int, attrs: int = 0, *, cpu: int | None = None
+        self,
+        phys: SupportsIndex,
+        offset: SupportsIndex,
+        size: SupportsIndex,
+        direction: SupportsIndex,
+        attrs: SupportsIndex = 0,
+        *,
+        cpu: SupportsIndex | None = None,
     ) -> None:
         """Link ``size`` bytes of memory at ``phys`` at byte ``offset`` of the window (``dma_iova_link``).
 
@@ -358,73 +374,88 @@ class IovaState:
         the kernel's errno: EIO (starts inside a granule at offset > 0), EADDRINUSE (over a linked piece), ENXIO, EPERM
         and EOPNOTSUPP (MMIO or REQUIRE_COHERENT where a bounce or cache care is needed), ENOMEM (slot or table page).
         """
-        self._check_range("link", offset, size)
-        direction, attrs = checked_direction(direction), checked_attrs(attrs)
-        if not isinstance(phys, int) or not 0 <= phys <= (1 << 64) - 1 - size:
+        start, length = self._check_range("link", offset, size)
+        way, how, on = checked_direction(direction), checked_attrs(attrs), self._on_cpu(cpu)
+        place = integer(phys)
+        if place is None or not 0 <= place <= (1 << 64) - 1 - length:
             raise MisuseError(f"link: phys={phys!r}: must be an address below 2**64 - size")
         checker = self.core.checker
         if checker is not None:
-            checker.before_link(self, phys, offset, size, direction, attrs)
-        error = self._link(phys, offset, size, direction, attrs, self.cpu if cpu is None else cpu)
+            checker.before_link(self, place, start, length, way, how)
+        error = self._link(place, start, length, way, how, on)
         if error != 0:
             if checker is not None:
-                checker.link_failed(self, phys, offset, size, direction, attrs, -error)
-            raise link_error(self.core, error, phys, offset, size, direction, attrs)
-        if self.pieces is not None:
-            self.pieces.append((offset, size, direction, attrs))
+                checker.link_failed(self, place, start, length, way, how, -error)
+            raise link_error(self.core, error, place, start, length, way, how)
+        self._note_piece(start, length, way, how)
         if checker is not None:
-            checker.after_link(self, phys, offset, size, direction, attrs)
+            checker.after_link(self, place, start, length, way, how)
 
-    def sync(self, offset: int = 0, size: int | None = None, *, cpu: int | None = None) -> None:
+    def sync(
+        self, offset: SupportsIndex = 0, size: SupportsIndex | None = None, *, cpu: SupportsIndex | None = None
+    ) -> None:
         """Make everything linked in [offset, offset+size) known to the hardware (``dma_iova_sync``); default: all."""
-        size = self.size - offset if size is None else size
-        self._check_range("sync", offset, size)
-        error = self._sync(offset, size, self.cpu if cpu is None else cpu)
+        first = integer(offset)
+        rest = self.size - first if size is None and first is not None else size
+        start, length = self._check_range("sync", offset, rest)
+        error = self._sync(start, length, self._on_cpu(cpu))
         if error != 0:
-            raise link_error(self.core, error, 0, offset, size, 0, 0)
+            raise link_error(self.core, error, 0, start, length, 0, 0)
         if self.core.checker is not None:
-            self.core.checker.after_sync(self, offset, size)
+            self.core.checker.after_sync(self, start, length)
 
-    def unlink(self, offset: int, size: int, direction: int, attrs: int = 0, *, cpu: int | None = None) -> None:
+    def unlink(
+        self,
+        offset: SupportsIndex,
+        size: SupportsIndex,
+        direction: SupportsIndex,
+        attrs: SupportsIndex = 0,
+        *,
+        cpu: SupportsIndex | None = None,
+    ) -> None:
         """Unlink [offset, offset+size), flushed when this returns; the window stays (``dma_iova_unlink``).
 
         MisuseError (EINVAL), with nothing changed, when the range cuts a large leaf: unlink what was linked as one.
         """
-        self._check_range("unlink", offset, size)
-        direction, attrs = checked_direction(direction), checked_attrs(attrs)
+        start, length = self._check_range("unlink", offset, size)
+        way, how, on = checked_direction(direction), checked_attrs(attrs), self._on_cpu(cpu)
         if self.core.checker is not None:
-            self.core.checker.before_unlink(self, offset, size, direction, attrs)
-        self._raise_cut(
-            "unlink", self._unlink(offset, size, direction, attrs, self.cpu if cpu is None else cpu), offset, size
-        )
-        self._forget(offset, size)
+            self.core.checker.before_unlink(self, start, length, way, how)
+        self._raise_cut("unlink", self._unlink(start, length, way, how, on), start, length)
+        self._forget(start, length)
         if self.core.checker is not None:
-            self.core.checker.after_unlink(self, offset, size)
+            self.core.checker.after_unlink(self, start, length)
 
-    def destroy(self, mapped_len: int, direction: int, attrs: int = 0, *, cpu: int | None = None) -> None:
+    def destroy(
+        self,
+        mapped_len: SupportsIndex,
+        direction: SupportsIndex,
+        attrs: SupportsIndex = 0,
+        *,
+        cpu: SupportsIndex | None = None,
+    ) -> None:
         """Unlink the ``mapped_len`` bytes linked from offset 0 and free the window (``dma_iova_destroy``)."""
         self._check_alive("destroy")
-        if not isinstance(mapped_len, int) or not 0 <= mapped_len <= (1 << 63 if self.core.unchecked else self.size):
+        length = integer(mapped_len)
+        if length is None or not 0 <= length <= (1 << 63 if self.core.unchecked else self.size):
             raise MisuseError(
                 f"destroy: mapped_len={mapped_len!r}: must be 0 to {self.size:#x}, the size of the window",
                 rule="destroy-length",
             )
-        direction, attrs = checked_direction(direction), checked_attrs(attrs)
+        way, how, on = checked_direction(direction), checked_attrs(attrs), self._on_cpu(cpu)
         if self.core.checker is not None:
-            self.core.checker.before_destroy(self, mapped_len, direction, attrs)
-        self._raise_cut(
-            "destroy", self._destroy(mapped_len, direction, attrs, self.cpu if cpu is None else cpu), 0, mapped_len
-        )
+            self.core.checker.before_destroy(self, length, way, how)
+        self._raise_cut("destroy", self._destroy(length, way, how, on), 0, length)
         self._close()
         if self.core.checker is not None:
             self.core.checker.after_destroy(self)
 
-    def free(self, *, cpu: int | None = None) -> None:
+    def free(self, *, cpu: SupportsIndex | None = None) -> None:
         """Free a window in which nothing is linked (``dma_iova_free``)."""
         self._check_alive("free")
         if self.core.checker is not None:
             self.core.checker.before_free(self)
-        self._free(self.cpu if cpu is None else cpu)
+        self._free(self._on_cpu(cpu))
         self._close()
         if self.core.checker is not None:
             self.core.checker.after_free(self)
@@ -438,17 +469,12 @@ class IovaState:
             )
 
     def _forget(self, offset: int, size: int) -> None:
-        """Take [offset, offset+size) out of the remembered pieces."""
-        if self.pieces is None:
-            return
-        kept: list[tuple[int, int, int, int]] = []
-        for start, length, direction, attrs in self.pieces:
-            if start < offset:
-                kept.append((start, min(length, offset - start), direction, attrs))
-            if start + length > offset + size:
-                begin = max(start, offset + size)
-                kept.append((begin, start + length - begin, direction, attrs))
-        self.pieces = kept
+        if self.pieces is not None:
+            self.pieces = without(self.pieces, offset, size)
+
+    def _note_piece(self, offset: int, size: int, direction: int, attrs: int) -> None:
+        if self.pieces is not None:
+            self.pieces.append((offset, size, direction, attrs))
 
     def _close(self) -> None:
         if self.pieces is not None:
@@ -457,21 +483,13 @@ class IovaState:
 
     def undo(self) -> None:
         """Unlink whatever the public ``link`` linked and free the window; harmless on a dead state."""
-        if self.pieces is None:
-            return
-        end = 0
-        kinds: set[tuple[int, int]] = set()
-        for offset, size, direction, attrs in sorted(self.pieces):
-            end = offset + size if offset == end else -1
-            kinds.add((direction, attrs))
-            if end < 0:
-                break
-        if end >= 0 and len(kinds) <= 1:
-            self.destroy(end, *(kinds.pop() if kinds else (0, 0)))
-            return
-        for offset, size, direction, attrs in sorted(self.pieces):
-            self.unlink(offset, size, direction, attrs)
-        self.free()
+        run = one_run(self.pieces or [])
+        if run is None:
+            for piece in sorted(self.pieces or []):
+                self.unlink(*piece)
+            self.free()
+        elif self.pieces is not None:
+            self.destroy(*run[1:])
 
     def __enter__(self) -> IovaState:
         return self

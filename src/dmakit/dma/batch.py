@@ -1,0 +1,153 @@
+"""Many pieces in one call: arrays in, arrays out, no Python object a piece.
+
+``map_many`` and ``unmap_many`` are loops of ``map_phys`` and ``unmap_phys`` (one IOVA and one sync each); ``link_many``
+links pieces one behind the other into a window. Each is all or nothing: what a failing call had done is undone
+before it raises. Arrays are buffers of 64-bit words (``array("Q")``, NumPy ``uint64``, memoryviews of them). The
+contract checker sees only the scalar calls.
+"""
+
+from __future__ import annotations
+
+from typing import SupportsIndex
+
+import cython
+
+from dmakit.dma.direction import checked_attrs, checked_cpu, checked_direction
+from dmakit.dma.report import link_error, map_error
+from dmakit.errors import MisuseError
+from dmakit.iova.arguments import words
+
+if cython.compiled:
+    from cython.cimports.dmakit.dma.iova_state import IovaState
+    from cython.cimports.dmakit.dma.streaming import Streaming
+else:
+    from dmakit.dma.iova_state import IovaState
+    from dmakit.dma.streaming import Streaming
+
+
+def _link_run(
+    state: IovaState,
+    phys: memoryview[int],
+    sizes: memoryview[int],
+    offset: cython.ulonglong,
+    direction: cython.int,
+    attrs: cython.int,
+    cpu: cython.int,
+) -> cython.Py_ssize_t:
+    """How many pieces were linked; when fewer than all, ``state.core.error`` is why."""
+    i: cython.Py_ssize_t = 0
+    error: cython.int
+    while i < len(phys):
+        error = state._link(phys[i], offset, sizes[i], direction, attrs, cpu)
+        if error != 0:
+            state.core.error = error
+            return i
+        offset += sizes[i]
+        i += 1
+    return i
+
+
+def _map_run(
+    device: Streaming,
+    phys: memoryview[int],
+    sizes: memoryview[int],
+    out: memoryview[int],
+    direction: cython.int,
+    attrs: cython.int,
+    cpu: cython.int,
+) -> cython.Py_ssize_t:
+    """How many pieces were mapped; when fewer than all, ``device.error`` and ``why`` tell about the next one."""
+    i: cython.Py_ssize_t = 0
+    while i < len(phys):
+        out[i] = device._map_phys(phys[i], sizes[i], direction, attrs, cpu)
+        if out[i] == 0:
+            return i
+        i += 1
+    return i
+
+
+def _unmap_run(
+    device: Streaming,
+    addresses: memoryview[int],
+    sizes: memoryview[int],
+    count: cython.Py_ssize_t,
+    direction: cython.int,
+    attrs: cython.int,
+    cpu: cython.int,
+) -> cython.int:
+    i: cython.Py_ssize_t = 0
+    while i < count:
+        device._unmap_phys(addresses[i], sizes[i], direction, attrs, cpu)
+        i += 1
+    return 0
+
+
+def _pairs(first: object, second: object, names: str) -> tuple[memoryview[int], memoryview[int]]:
+    left, right = words(names, first), words("sizes", second)
+    if len(left) != len(right):
+        raise MisuseError(f"{names}, sizes have {len(left)}, {len(right)} items: must have the same number")
+    return left, right
+
+
+def link_many(
+    state: IovaState,
+    phys: object,
+    sizes: object,
+    direction: SupportsIndex,
+    attrs: SupportsIndex = 0,
+    *,
+    offset: SupportsIndex = 0,
+    cpu: SupportsIndex = 0,
+) -> int:
+    """``state.link`` for each piece, one behind the other from ``offset``; returns the bytes linked. No sync."""
+    way, how, on = checked_direction(direction), checked_attrs(attrs), state._on_cpu(cpu)
+    places, lengths = _pairs(phys, sizes, "phys")
+    start, total = state._check_range("link_many", offset, sum(lengths))
+    done = int(_link_run(state, places, lengths, start, way, how, on))
+    linked = sum(lengths[:done])
+    if done < len(places):
+        error = int(state.core.error)
+        if linked:
+            state._note_piece(start, linked, way, how)
+            state.unlink(start, linked, way, how, cpu=on)
+        raise link_error(state.core, error, places[done], start + linked, lengths[done], way, how)
+    state._note_piece(start, total, way, how)
+    return total
+
+
+def map_many(
+    device: Streaming,
+    phys: object,
+    sizes: object,
+    out: object,
+    direction: SupportsIndex,
+    attrs: SupportsIndex = 0,
+    *,
+    cpu: SupportsIndex = 0,
+) -> None:
+    """``map_phys`` for each piece; the bus addresses go to ``out``."""
+    way, how, on = checked_direction(direction), checked_attrs(attrs), checked_cpu(cpu, device.ledger.cpus)
+    places, lengths = _pairs(phys, sizes, "phys")
+    addresses = words("out", out, writable=True)
+    if len(addresses) < len(places):
+        raise MisuseError(f"out has {len(addresses)} items: needs {len(places)}")
+    done = int(_map_run(device, places, lengths, addresses, way, how, on))
+    if done < len(places):
+        error = map_error(device, places[done], lengths[done], how)
+        _unmap_run(device, addresses, lengths, done, way, how, on)
+        raise error
+
+
+def unmap_many(
+    device: Streaming,
+    addresses: object,
+    sizes: object,
+    direction: SupportsIndex,
+    attrs: SupportsIndex = 0,
+    *,
+    cpu: SupportsIndex = 0,
+) -> None:
+    """``unmap_phys`` for each piece of ``map_many``."""
+    way, how, on = checked_direction(direction), checked_attrs(attrs), checked_cpu(cpu, device.ledger.cpus)
+    places, lengths = _pairs(addresses, sizes, "addresses")
+    _unmap_run(device, places, lengths, len(places), way, how, on)
