@@ -72,8 +72,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 USE_SWIOTLB = 1 << 63
-_SIZE_BITS = ~USE_SWIOTLB & ((1 << 64) - 1)
-
+_SIZE_BITS = (1 << 63) - 1
 _NO_IOMMU = int(Reason.NO_IOMMU)
 _IDENTITY_DOMAIN = int(Reason.IDENTITY_DOMAIN)
 _IOVA_EXHAUSTED = int(Reason.IOVA_EXHAUSTED)
@@ -321,13 +320,13 @@ class IovaState:
         """Whether some piece went through a bounce slot (bit 63)."""
         return bool(self.size_word & USE_SWIOTLB)
 
+    def __bool__(self) -> bool:
+        return self.pieces is not None
+
     @property
     def use_iova(self) -> bool:
         """``dma_use_iova``: whether there is a live window."""
-        return self.pieces is not None
-
-    def __bool__(self) -> bool:
-        return self.pieces is not None
+        return bool(self)
 
     def _open(self, device: Any, cpu: int) -> None:
         """Called by ``Device.try_alloc`` when the window exists."""
