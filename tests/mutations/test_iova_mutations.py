@@ -13,7 +13,24 @@ DEPOT = ("tests/iova/test_domain.py", "-k", "depot")
 FLUSH = ("tests/iova/test_flush_queue.py",)
 DOMAIN = ("tests/iova/test_domain.py",)
 
+STRESS = ("tests/trace/test_replay.py", "-k", "stress")
+
 MUTATIONS = (
+    Mutation("magazine-size-on-a-trace", "src/dmakit/consts.py", "IOVA_MAG_SIZE = 127", "IOVA_MAG_SIZE = 128", STRESS),
+    Mutation(
+        "depot-rule-on-a-trace",
+        "src/dmakit/iova/rcache.py",
+        "if self.depot_size[order] > online:",
+        "if self.depot_size[order] > 32:",
+        STRESS,
+    ),
+    Mutation(
+        "depot-forgets-its-chain-on-a-trace",
+        "src/dmakit/iova/rcache.py",
+        "self.pool.link[magazine] = self.depot[order]\n",
+        "self.pool.link[magazine] = 0\n",
+        STRESS,
+    ),
     Mutation("magazine-size", "src/dmakit/consts.py", "IOVA_MAG_SIZE = 127", "IOVA_MAG_SIZE = 128", GOLDEN),
     Mutation(
         "depot-rule",
@@ -86,7 +103,13 @@ MUTATIONS = (
         DOMAIN,
     ),
 )
-ALWAYS = ("magazine-size", "depot-rule", "free-before-the-flush")  # the others run with -m long
+ALWAYS = (
+    "magazine-size",
+    "depot-rule",
+    "magazine-size-on-a-trace",
+    "depot-rule-on-a-trace",
+    "free-before-the-flush",
+)  # the others run with -m long
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +118,8 @@ def sound_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = copy_tree(tmp_path_factory.mktemp("sound") / "tree")
     assert origin(tree) == tree / "src" / "dmakit" / "__init__.py"
     run = run_tests(tree, (*GOLDEN, *FLUSH, *DOMAIN))
+    assert run.returncode == 0, run.stdout[-3000:]
+    run = run_tests(tree, STRESS)
     assert run.returncode == 0, run.stdout[-3000:]
     return tree
 

@@ -262,7 +262,7 @@ class IovaDomain:
         return twin
 
     def fingerprint(self) -> int:
-        """64 bits of the whole state: domains that answer every later call alike have equal fingerprints."""
+        """A hash of the whole state, for comparisons in this process: equal domains answer every later call alike."""
         return hash((self.search.fingerprint(), self.rcaches.fingerprint(), bytes(self._online)))
 
     def adopt(self, pfn: int, size: int) -> str:

@@ -18,11 +18,9 @@ from dmakit.iova.arrays import widened, zeroed
 if cython.compiled:
     from cython.cimports.dmakit.consts import IOVA_MAG_STRIDE
     from cython.cimports.dmakit.failpoint import FailPoint
-    from cython.cimports.dmakit.iova.bits import mix
 else:
     from dmakit.consts import IOVA_MAG_STRIDE
     from dmakit.failpoint import FailPoint
-    from dmakit.iova.bits import mix
 
 
 @cython.cclass
@@ -52,13 +50,9 @@ class MagazinePool:
         self.allocated, self.unused = other.allocated, other.unused
 
     def fingerprint(self, magazine: int) -> int:
-        """64 bits of a magazine's pfns, in order."""
-        at: cython.Py_ssize_t
-        start: cython.Py_ssize_t = magazine * IOVA_MAG_STRIDE
-        value: cython.ulonglong = 1
-        for at in range(start, start + self.size[magazine]):
-            value = mix(value, self.pfns[at])
-        return value
+        """A hash of a magazine's pfns, in order; for comparisons in this process."""
+        start = magazine * IOVA_MAG_STRIDE
+        return hash(bytes(self.pfns[start : start + self.size[magazine]]))
 
     def discard(self, magazine: int, pfn: int) -> bool:
         """Take ``pfn`` out of a magazine, wherever it is, keeping the order of the others; false when not there."""

@@ -34,7 +34,6 @@ if cython.compiled:
         L_LOCK_DEPOT,
     )
     from cython.cimports.dmakit.failpoint import FailPoint
-    from cython.cimports.dmakit.iova.bits import mix
     from cython.cimports.dmakit.iova.magazine import MagazinePool
     from cython.cimports.dmakit.ledger import Ledger
 else:
@@ -47,7 +46,6 @@ else:
         L_LOCK_DEPOT,
     )
     from dmakit.failpoint import FailPoint
-    from dmakit.iova.bits import mix
     from dmakit.iova.magazine import MagazinePool
     from dmakit.ledger import Ledger
 
@@ -88,18 +86,11 @@ class IovaRcaches:
         return found
 
     def fingerprint(self) -> int:
-        """64 bits of every magazine's content by CPU and order, and of the depots, in order."""
-        value: cython.ulonglong = 2
-        order: cython.int
-        slot: cython.int
-        for slot in range(self.cpus * IOVA_RANGE_CACHE_MAX_SIZE):
-            value = mix(value, self.pool.fingerprint(self.loaded[slot]))
-            value = mix(value, self.pool.fingerprint(self.prev[slot]))
-        for order in range(IOVA_RANGE_CACHE_MAX_SIZE):
-            for magazine in self.chained(order):
-                value = mix(value, self.pool.fingerprint(magazine))
-            value = mix(value, order)
-        return value
+        """A hash of every magazine's content by CPU and order, and of the depots, in order."""
+        content = self.pool.fingerprint
+        magazines = [content(magazine) for magazine in list(self.loaded) + list(self.prev)]
+        depots = [tuple(map(content, self.chained(order))) for order in range(IOVA_RANGE_CACHE_MAX_SIZE)]
+        return hash((tuple(magazines), tuple(depots)))
 
     def discard(self, pfn: int) -> bool:
         """Take ``pfn`` out of whatever magazine holds it; false when none does."""

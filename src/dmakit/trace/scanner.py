@@ -348,7 +348,7 @@ class Scanner:
     def _name(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, slot: cython.Py_ssize_t) -> cython.void:
         """Store a word: its hash as the value, its place in ``words``."""
         self.values[slot] = self._hash(begin, end)
-        self.words[slot] = (cython.cast(cython.ulonglong, begin) << 20) | cython.cast(cython.ulonglong, end - begin)
+        self.words[slot] = (begin << 20) | (end - begin)
 
     def _list(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, slot: cython.Py_ssize_t) -> cython.bint:
         """Read ``{0x1,0x2}`` into the pool; the row keeps start and count."""
@@ -484,7 +484,7 @@ class Scanner:
             elif count == LINE_NOTE:
                 self.notes += 1
             elif count == LINE_MALFORMED:
-                self.bad_lines[self.malformed] = (cython.cast(cython.ulonglong, begin) << 32) | number
+                self.bad_lines[self.malformed] = (begin << 32) | number
                 self.malformed += 1
             begin = end + 1
             number += 1

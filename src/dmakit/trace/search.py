@@ -5,7 +5,7 @@ intervals is possible, and the model's answers must equal the recorded ones. The
 each is a model of the domain and the set of operations that already took effect in it although they have not returned
 yet. At the return of an operation every branch in which it has not taken effect is continued by each sequence of
 pending operations that ends with it; a branch whose answer differs from the record dies; branches with the same state
-(``IovaDomain.fingerprint``) and the same open operations are one. The largest frontier is the search's *width*; it
+(``Branch.state``) and the same open operations are one. The largest frontier is the search's *width*; it
 is capped, and whether the cap was ever met is reported.
 
 Only orders that can matter are tried. Two operations *conflict* when they use the magazines of the same CPU and
@@ -38,6 +38,7 @@ from dmakit.iova.domain import IovaDomain
 from dmakit.trace.operations import Operation
 
 WIDTH_LIMIT = 64
+_MERGE_EVERY = 32  # returns after which branches are compared although none was added
 _CACHED = (L_IOVA_MAGAZINE, L_IOVA_DEPOT)
 
 
@@ -57,10 +58,22 @@ class Branch:
     reordered: int = 0
     answer: int = 0
     cached: bool = False
+    ranges: int = 0
 
     def copy(self) -> Branch:
         """An independent branch with the same past."""
-        return Branch(self.domain.copy(), self.done, self.passed, self.reordered)
+        return Branch(self.domain.copy(), self.done, self.passed, self.reordered, ranges=self.ranges)
+
+    def state(self) -> tuple[object, ...]:
+        """Equal for branches that will answer alike. ``ranges`` stands for the tree: the exclusive or of the hashes of
+        its ranges, kept up while they come and go."""
+        return self.done, self.ranges, self.domain.search.hints(), self.domain.rcaches.fingerprint()
+
+    def recount(self) -> None:
+        """Compute ``ranges`` anew, after a change that concerned many."""
+        self.ranges = 0
+        for node in self.domain.nodes():
+            self.ranges ^= hash(node)
 
 
 @dataclass
@@ -92,6 +105,7 @@ class OrderSearch:
         self.width_limit = width_limit
         self.pending: dict[int, Operation] = {}
         self.counts = Counts()
+        self.since_merge = 0
 
     # Feeding ---------------------------------------------------------------------------------------------------------
 
@@ -134,20 +148,19 @@ class OrderSearch:
         domain = branch.domain
         if op.kind in ("alloc", "miss"):
             return self._allocate(branch, op, cpu)
-        if op.kind == "free":
-            self._free(domain, op, cpu)
-        elif op.kind == "free_node":
-            if domain.search.tree.find(op.pfn or 0) is not None:
-                domain.free(op.pfn or 0, cpu=cpu)
-        elif op.kind == "drain":
+        if op.kind in ("free", "free_node"):
+            self._free(branch, op, cpu)
+            return True
+        if op.kind == "drain":
             domain.flush_rcaches(cpu=cpu)
         elif op.kind == "reserve":
             domain.reserve(op.pfn or 0, op.hi)
-        elif op.kind == "depot":
-            return self._depot(domain, op)
+        elif op.kind == "depot" and not self._depot(domain, op):
+            return True
         elif op.kind == "offline" and op.size < domain.cpus:
             domain.set_online(op.size, False)
             domain.set_online(op.size, True)
+        branch.recount()
         return True
 
     def _allocate(self, branch: Branch, op: Operation, cpu: int) -> bool:
@@ -160,6 +173,8 @@ class OrderSearch:
         branch.answer, branch.cached = pfn, cached
         wrong_path = op.searches is not None and cached == bool(op.searches)
         if op.pfn is None or (pfn == op.pfn and not wrong_path):
+            if pfn and not cached:
+                branch.ranges ^= hash((pfn, pfn + _span(op.size) - 1))
             return True
         if pfn and cached:
             domain.free_fast(pfn, op.size, cpu=cpu)
@@ -167,23 +182,28 @@ class OrderSearch:
             domain.free(pfn, cpu=cpu)
         return False
 
-    def _free(self, domain: IovaDomain, op: Operation, cpu: int) -> None:
-        pfn = op.pfn or 0
-        if domain.search.tree.find(pfn) is None:
+    def _free(self, branch: Branch, op: Operation, cpu: int) -> None:
+        domain, pfn = branch.domain, op.pfn or 0
+        node = domain.search.tree.find(pfn)
+        if node is None:
             self.counts.unknown_frees += 1
+            if op.kind == "free_node" or op.to_tree:
+                return
             domain.adopt(pfn, _span(op.size))
-        if op.to_tree and order_of(op.size) < IOVA_RANGE_CACHE_MAX_SIZE:
-            domain.free(pfn, cpu=cpu)  # the kernel found no memory for a magazine
-        else:
+            branch.recount()
+        if op.kind == "free" and not op.to_tree and order_of(op.size) < IOVA_RANGE_CACHE_MAX_SIZE:
             domain.free_fast(pfn, op.size, cpu=cpu)
+            return
+        domain.free(pfn, cpu=cpu)  # also when the kernel found no memory for a magazine
+        branch.ranges ^= hash(node)
 
     @staticmethod
     def _depot(domain: IovaDomain, op: Operation) -> bool:
-        """One run of a depot's work. Which order's is not recorded: the one that is over its limit, if any."""
+        """One run of a depot's work; true when it drained. The order is not recorded: one over its limit, if any."""
         over = [order for order, size in enumerate(domain.depot_sizes()) if size > domain.online_cpus]
-        if over and (not op.drained or op.drained[0][1] == IOVA_MAG_SIZE):
-            domain.depot_work(over[0])
-        return True
+        if not over or (op.drained and op.drained[0][1] != IOVA_MAG_SIZE):
+            return False
+        return domain.depot_work(over[0])
 
     # Orders -----------------------------------------------------------------------------------------------------------
 
@@ -243,7 +263,9 @@ class OrderSearch:
 
     def _agree(self, op: Operation, survivors: list[Branch]) -> None:
         if len(survivors) > 1:
-            survivors = self._merge(survivors)
+            self.since_merge += 1
+            if len(survivors) > len(self.branches) or self.since_merge >= _MERGE_EVERY:
+                survivors = self._merge(survivors)
         self.branches = survivors
         self.counts.width = max(self.counts.width, len(survivors))
         if op.kind != "alloc":
@@ -259,9 +281,10 @@ class OrderSearch:
     def _merge(self, survivors: list[Branch]) -> list[Branch]:
         """One branch for each state, the one with the fewest reordered operations, best first."""
         survivors.sort(key=lambda branch: branch.reordered)
-        kept: dict[tuple[frozenset[int], int], Branch] = {}
+        self.since_merge = 0
+        kept: dict[tuple[object, ...], Branch] = {}
         for branch in survivors:
-            kept.setdefault((branch.done, branch.domain.fingerprint()), branch)
+            kept.setdefault(branch.state(), branch)
         found = list(kept.values())
         if len(found) > self.width_limit:
             self.counts.capped = True
@@ -279,6 +302,7 @@ class OrderSearch:
             self.counts.adopted += 1
         if op.kind == "alloc" and op.pfn:
             _adopt(branch.domain, op, op.pfn)
+            branch.recount()
 
     def _describe(self, op: Operation, branch: Branch) -> dict[str, Any]:
         """The divergence, with the state around it, for people and JSON."""
