@@ -17,13 +17,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what was asked for."""
-    from dmakit import __version__
+    import dmakit
     from dmakit.errors import InputError
     from dmakit.trace.events import NEEDS
     from dmakit.trace.record import BOOT_LINE, script
 
     if args.script:
-        print(script(__version__), end="")
+        print(script(dmakit.__version__), end="")
     elif args.boot_line:
         print(BOOT_LINE)
     elif args.needs not in NEEDS:
