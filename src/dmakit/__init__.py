@@ -16,12 +16,13 @@ _core.install()
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Device": "dmakit.dma",
-    "Direction": "dmakit.dma",
+    "Attrs": "dmakit.dma.direction",
+    "Device": "dmakit.dma.device",
+    "Direction": "dmakit.dma.direction",
     "ExhaustedError": "dmakit.errors",
     "FaultError": "dmakit.errors",
     "HostError": "dmakit.errors",
-    "IovaState": "dmakit.dma",
+    "IovaState": "dmakit.dma.iova_state",
     "Machine": "dmakit.platform.soft",
     "MisuseError": "dmakit.errors",
     "UnsupportedError": "dmakit.errors",
