@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dmakit.consts import L_DESCRIPTORS, PAGE_SIZE
-from dmakit.dma.device import Device
 from dmakit.errors import FaultError
 from dmakit.nvme.iod import Iod
 from dmakit.nvme.mapping import RequestMapper
@@ -21,31 +20,6 @@ from dmakit.nvme.sgl import SglWalker
 from dmakit.nvme.spec import PSDT_PRP, PSDT_SGL_METABUF
 
 Ranges = list[tuple[int, int]]
-
-
-class DevicePage:
-    """A page of a device's coherent memory, as a pool wants it."""
-
-    def __init__(self, device: Device) -> None:
-        self._memory = device.alloc_coherent(PAGE_SIZE)
-        self.addr: int = self._memory.addr
-        phys = self._memory.buffer.ranges[0][0]
-        self.words: memoryview[int] = device.memory.words[phys >> 3 : (phys + PAGE_SIZE) >> 3]
-
-    def free(self) -> None:
-        """Give the page back."""
-        self._memory.free()
-
-
-class DeviceSource:
-    """Where a pool's pages come from: the device's coherent allocator."""
-
-    def __init__(self, device: Device) -> None:
-        self.device = device
-
-    def page(self) -> DevicePage:
-        """One more page."""
-        return DevicePage(self.device)
 
 
 @dataclass(slots=True)

@@ -21,10 +21,11 @@ from dmakit.block.request import Op
 from dmakit.dma.device import Device
 from dmakit.dma.direction import Direction
 from dmakit.errors import DmakitError
-from dmakit.lab.descriptors import Descriptors, DeviceSource, fetch
+from dmakit.lab.descriptors import Descriptors, fetch
 from dmakit.lab.options import Options
 from dmakit.lab.workload import IoRequest, Segments, Workload
 from dmakit.memory.buffers import CpuView
+from dmakit.nvme.coherent import DeviceSource
 from dmakit.nvme.mapping import RequestMapper
 from dmakit.nvme.pool import LARGE_BYTES, SMALL_BYTES, DescriptorPool
 from dmakit.p2p.state import P2pState

@@ -105,8 +105,11 @@ class TraceSource:
         return Workload(self.name, requests, schedule(self.requests), self.cpus)
 
     def replay_score(self) -> tuple[int, int] | None:
-        """Not scored here."""
-        return None
+        """(allocations whose IOVA is the kernel's, allocations), by the allocator replay of the same trace."""
+        from dmakit.trace.replay import replay_file
+
+        result = replay_file(self.path, boot=self.boot)
+        return (result.matched, result.allocations) if result.allocations else None
 
     def missing(self) -> list[str]:
         """What this trace does not show."""
