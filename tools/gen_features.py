@@ -76,8 +76,8 @@ def page() -> str:
     lines = [
         "# Features, each with the test that shows it",
         "",
-        "Rows A describe the two-step DMA mapping API (threads of October 2024), rows E the LSF/MM topic of 2024. A test",
-        "named after a row runs the row's observable check; `./dmakit test -- -k a13` runs one row. " + LATER,
+        "Rows A describe the two-step DMA mapping API (threads of October 2024), rows E the LSF/MM topic of 2024. A",
+        "test named after a row runs the row's observable check; `./dmakit test -- -k a13` runs one row. " + LATER,
         "",
         "| row | what | tests |",
         "|---|---|---|",
