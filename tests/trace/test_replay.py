@@ -6,6 +6,7 @@ import json
 import lzma
 import re
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -191,3 +192,23 @@ def test_file_kinds_and_refusals(tmp_path: Path) -> None:
         replay_file(path)
     with pytest.raises(InputError, match="--boot /nowhere: no such file"):
         replay_file(TRACES / "smp2-lazy.trace.txt.xz", boot="/nowhere")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_damaged_trace_is_counted_not_crashed_on(tmp_path: Path, seed: int) -> None:
+    random = Random(seed)
+    lines = lines_of("untrusted-nvme-smp1")
+    for _ in range(60):
+        at = random.randrange(12, len(lines))
+        text = list(lines[at])
+        text[random.randrange(len(text) - 1)] = random.choice("0123456789abcxf =[]:-")
+        lines[at] = "".join(text)
+    for _ in range(3):
+        at = random.randrange(12, len(lines))
+        lines[at : at + 40] = ["CPU:0 [LOST 40 EVENTS]\n"]
+    lines = [line for line in lines if random.random() > 0.005]
+    lines.append(lines[20].split("]")[0] + "] ...1. 99999999: ff_in: (free_iova_fast+0/1) iovad=0x1 pfn=0x0 size=0\n")
+    result = replay_lines(tmp_path, lines, "untrusted-nvme-smp1")
+    assert result.matched + result.adopted + result.diverged >= result.allocations > 300
+    assert result.lost_events == 120
+    assert any("impossible numbers" in note for note in result.notes)

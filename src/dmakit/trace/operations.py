@@ -7,8 +7,8 @@ overlap leave the order open (``search.py`` finds one).
 Entries and returns are paired on a stack for each task, so that an interrupt's operations nest in those of the task it
 interrupted. A task is its pid, because tasks migrate between CPUs; the idle tasks all have pid 0 and stay on their CPU.
 
-What has no partner: a return without an entry began before the trace did (``begin`` = -1); an entry without a return
-is still open (``end`` = FOREVER): whether and how it took effect is not known.
+What has no partner: a return without an entry began behind its task's last event, if any in the trace; an entry without
+a return is still open (``end`` = FOREVER): whether and how it took effect is not known.
 
 Events inside a call narrow its interval: a tree search took effect before its ``ai_out``, a free into the tree after
 its ``fi_in``.
@@ -27,6 +27,7 @@ from dmakit.trace.columns import Trace
 from dmakit.trace.events import ABSENT
 
 FOREVER = 1 << 62
+_HIGHEST = (1 << 52) - 1  # the highest pfn of 4 KiB granules
 _SLACK = 512  # events within which an operation without a recorded end has taken effect
 KINDS = ("init_in", "res_in", "put_in", "af_in", "af_out", "ai_out", "ff_in", "ff_out", "fi_in", "depot_in",
          "magfree_in", "cpufree_in")  # fmt: skip
@@ -61,6 +62,21 @@ class Operation:
     drained: list[tuple[int, int, list[int]]] = field(default_factory=list)
     retry: bool = False
 
+    @property
+    def possible(self) -> bool:
+        """Whether its numbers can be a call's (a damaged line may hold any)."""
+        if self.kind in ("alloc", "miss", "drain"):
+            return 0 < self.size <= _HIGHEST and (self.pfn or 0) <= _HIGHEST
+        if self.kind == "free":
+            return 0 < self.size <= _HIGHEST and 0 < (self.pfn or 0) <= _HIGHEST
+        if self.kind == "free_node":
+            return 0 < (self.pfn or 0) <= _HIGHEST
+        if self.kind == "reserve":
+            return (self.pfn or 0) <= self.hi <= _HIGHEST
+        if self.kind == "init":
+            return 4 <= self.size <= 1 << 30 and self.size & (self.size - 1) == 0 and 0 < (self.pfn or 0) < 1 << 34
+        return True
+
     def __str__(self) -> str:
         where = f"cpu {self.cpus[0]}" if len(self.cpus) == 1 else f"cpu {self.cpus[0]} to {self.cpus[1]}"
         if self.kind == "alloc":
@@ -87,6 +103,7 @@ class OperationReader:
         self.frees_recorded = len(trace.table("fi_in")) > 0
         self.columns = {name: self._lists(name) for name in KINDS}
         self.stacks: dict[int, list[Operation]] = {}
+        self.latest: dict[int, int] = {}
         self.works: dict[int, Operation] = {}
         self.operations: list[Operation] = []
 
@@ -114,6 +131,7 @@ class OperationReader:
             if task in self.works:
                 self.works.pop(task).end = column[""][row]
             handlers[name](column, row, task, self._new("", column, row, cpu, pid))
+            self.latest[task] = column[""][row]
         self._close()
         lost = self.trace.lost
         for seq, line, cpu in zip(lost.seq.tolist(), lost.line.tolist(), lost.cpu.tolist(), strict=True):
@@ -127,9 +145,10 @@ class OperationReader:
             if op.end == FOREVER and op.kind in ("free", "depot"):
                 op.end = op.begin if op.kind == "free" and not self.columns["ff_out"][""] else op.begin + _SLACK
 
-    def _unseen(self, entry: str, op: Operation) -> int:
-        """Where a call began whose entry is not in the trace: before it, or at its return when none are recorded."""
-        return -1 if self.columns[entry][""] else op.begin
+    def _unseen(self, entry: str, task: int, op: Operation) -> int:
+        """Where a call began whose entry is not in the trace: behind its task's last event (or before the trace), or at
+        its return when no entries are recorded at all."""
+        return self.latest.get(task, self.offset - 1) if self.columns[entry][""] else op.begin
 
     def _new(self, kind: str, column: dict[str, list[int]], row: int, cpu: int, pid: int) -> Operation:
         seq = column[""][row]
@@ -152,7 +171,7 @@ class OperationReader:
             if op.iovad == ABSENT or op.size == ABSENT:
                 return  # a bare return value without its entry says nothing about the allocator
             found = op
-            found.kind, found.end, found.begin, found.flush = "alloc", op.begin, self._unseen("af_in", op), True
+            found.kind, found.end, found.begin, found.flush = "alloc", op.begin, self._unseen("af_in", task, op), True
             self.operations.append(found)
         self._return(found, op)
         found.pfn = column["pfn"][row]
@@ -190,7 +209,7 @@ class OperationReader:
         found = self._pop(task, "free", op, op.size, op.pfn)
         if found is None:
             found = op
-            found.kind, found.end, found.begin = "free", op.begin, self._unseen("ff_in", op)
+            found.kind, found.end, found.begin = "free", op.begin, self._unseen("ff_in", task, op)
             self.operations.append(found)
         self._return(found, op)
 

@@ -70,7 +70,11 @@ class TraceReplay:
             offset = self.boot.records + 1
             for op in operations:
                 op.end = min(op.end, offset)
-        return operations + OperationReader(self.trace, offset).read()
+        operations += OperationReader(self.trace, offset).read()
+        possible = [op for op in operations if op.possible]
+        if len(possible) < len(operations):
+            self.result.notes.append(f"{len(operations) - len(possible)} calls with impossible numbers left out")
+        return possible
 
     def _number_cpus(self) -> int:
         """Give the CPUs that act the numbers 0, 1, …; returns how many CPUs are on line."""

@@ -38,6 +38,7 @@ from dmakit.iova.domain import IovaDomain
 from dmakit.trace.operations import Operation
 
 WIDTH_LIMIT = 64
+_RIVALS_LIMIT = 4  # pending operations whose orders are tried at one return
 _MERGE_EVERY = 32  # returns after which branches are compared although none was added
 _CACHED = (L_IOVA_MAGAZINE, L_IOVA_DEPOT)
 
@@ -137,9 +138,7 @@ class OrderSearch:
     def lose(self) -> None:
         """Events were lost: from here on the state is not known."""
         self.known = False
-        self.pending.clear()
         self.branches = self.branches[:1]
-        self.branches[0].done = frozenset()
 
     # One operation in one branch --------------------------------------------------------------------------------------
 
@@ -211,6 +210,9 @@ class OrderSearch:
         """The branches in which ``key`` has taken effect; ``branch`` itself when only one order is possible."""
         rivals = self._rivals(branch, key)
         op = self.pending[key]
+        if len(rivals) > _RIVALS_LIMIT:
+            self.counts.capped = True
+            rivals = rivals[:_RIVALS_LIMIT]
         if not rivals and len(op.cpus) == 1:
             branch.reordered += key in branch.passed
             return [branch] if self._run(branch, op, op.cpus[0]) else []
