@@ -25,6 +25,7 @@ PACKAGE = ROOT / "src" / "dmakit"
 CORE = runpy.run_path(str(PACKAGE / "_core.py"))
 MODULES: tuple[str, ...] = CORE["COMPILED_MODULES"]
 CFLAGS = ["-O3", "-DNDEBUG", "-g0", "-fno-strict-aliasing", "-Wno-unused-function", "-Wno-unreachable-code"]
+SHARED = "dmakit._cyutility"
 DIRECTIVES = {
     "language_level": 3,
     "boundscheck": False,
@@ -74,11 +75,19 @@ def wanted() -> bool:
 
 
 def extensions() -> list[Extension]:
-    """The hot modules as they stand in the tree; they become C only when build_ext runs."""
-    return [
+    """The hot modules as they stand in the tree, and the utility code that they share; C only when build_ext runs."""
+    listed = [
         Extension(name, [str(Path("src", *name.split(".")).with_suffix(".py"))], extra_compile_args=CFLAGS)
         for name in MODULES
     ]
+    return [*listed, Extension(SHARED, [shared_c()], extra_compile_args=CFLAGS)]
+
+
+def shared_c() -> str:
+    """Where Cython's shared utility code is written (another version of Cython writes another one)."""
+    import Cython
+
+    return f"build/cython-{Cython.__version__}/_cyutility.c"
 
 
 def cache_folder() -> Path:
@@ -90,6 +99,11 @@ def to_c(listed: list[Extension]) -> list[Extension]:
     """Translate by Cython, in parallel where the machine can (a bare chroot has no semaphores)."""
     from Cython.Build import cythonize
 
+    shared = Path(shared_c())
+    if not shared.exists():
+        shared.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, "-m", "cython", f"--generate-shared={shared}"], check=True)
+
     def translate(workers: int) -> list[Extension]:
         return cythonize(
             listed,
@@ -97,6 +111,7 @@ def to_c(listed: list[Extension]) -> list[Extension]:
             compiler_directives=DIRECTIVES,
             quiet=True,
             include_path=["src"],
+            shared_utility_qualified_name=SHARED,
             cache=str(cache_folder()),
             nthreads=workers,
             annotate=bool(os.environ.get("DMAKIT_ANNOTATE")),
