@@ -75,6 +75,7 @@ COMPILED_MODULES = (
     "dmakit.p2p.state",
     "dmakit.swiotlb.bounce",
     "dmakit.swiotlb.pool",
+    "dmakit.trace.rows",
     "dmakit.trace.scanner",
 )
 

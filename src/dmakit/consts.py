@@ -171,7 +171,7 @@ PT_MAX_LEVELS = 5
 DIRTY_NO_CLEAR = 1
 
 # The trace scanner -----------------------------------------------------------------------------------------------
-SCAN_HEAD = 6  # integers before the values of a row: line, stamp, cpu, pid, context, kind
+SCAN_HEAD = 6  # words before the values of a row: record number, line, stamp, cpu, pid, context
 SCAN_LOST = 255  # the kind of a "CPU:1 [LOST 123 EVENTS]" marker; its value 0 is the number of events
 SCAN_STEP = 5  # integers a step: how, optional, slot, anchor start, anchor length
 SCAN_TABLE = 512  # slots of the event-name table (a power of two, at most half full)

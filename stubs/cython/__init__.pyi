@@ -23,6 +23,9 @@ Py_ssize_t: TypeAlias = int
 size_t: TypeAlias = int
 double: TypeAlias = float
 void: TypeAlias = None
+p_uchar: TypeAlias = bytes
+p_ulonglong: TypeAlias = Any
+NULL: Any
 
 def cclass(cls: type[_T]) -> type[_T]: ...
 def cfunc(f: _T) -> _T: ...

@@ -18,7 +18,7 @@ import zstandard
 
 from dmakit.errors import InputError
 
-CHUNK = 32 << 20
+CHUNK = 2 << 20  # what is scanned at a time should stay in a cache
 _MAGIC = {b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip"}
 _BROKEN = (lzma.LZMAError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, EOFError)
 

@@ -153,15 +153,14 @@ def _empty(name: str) -> Table:
 
 
 class _Builder:
-    """Gathers the scanner's rows over chunks: per kind a list of (seq, head, values)."""
+    """Gathers the scanner's columns over chunks: per kind a list of matrices, a row of each for a column."""
 
     def __init__(self, path: str) -> None:
         self.trace = Trace(path)
         self.scanner = Scanner()
-        self.parts: dict[int, list[tuple[Ints, Words, Words]]] = {}
+        self.parts: dict[int, list[Words]] = {}
         self.pools: list[Words] = []
         self.pooled = 0
-        self.ids: dict[int, int] = {}
 
     def add(self, chunk: bytes) -> None:
         """Scan one chunk of whole lines."""
@@ -170,65 +169,45 @@ class _Builder:
             trace.header = (int(found[1]), int(found[2]), int(found[3]))
         first = trace.records
         trace.lines += scanner.scan(chunk, trace.lines + 1)
-        views = [np.frombuffer(view, np.uint64) for view in scanner.rows()]  # type: ignore[call-overload]
-        records, width = scanner.records, scanner.width
-        head = views[0][: records * SCAN_HEAD].reshape(records, SCAN_HEAD)
-        values = views[1][: records * width].reshape(records, width)
-        words = views[2][: records * width].reshape(records, width)
-        for kind in np.unique(head[:, 5]).tolist():
-            rows = np.flatnonzero(head[:, 5] == kind)
-            part = values[rows]
-            if kind != SCAN_LOST:
-                self._translate(kind, part, words[rows], chunk)
-            self.parts.setdefault(kind, []).append((rows + first, head[rows], part))
-        self.pools.append(views[3][: scanner.pooled].copy())
+        for kind in scanner.present():
+            block, rows = scanner.block(kind)
+            part = np.frombuffer(block, np.uint64).reshape(-1, rows).copy()
+            part[0] += np.uint64(first)
+            for slot in self._lists(kind) if self.pooled else ():
+                part[SCAN_HEAD + slot] += np.uint64(self.pooled)
+            self.parts.setdefault(kind, []).append(part)
+        self.pools.append(np.frombuffer(scanner.elements(), np.uint64).copy())
         self.pooled += scanner.pooled
-        self._count(chunk, views[4])
+        self._count(chunk)
 
-    def _count(self, chunk: bytes, bad: Words) -> None:
+    @staticmethod
+    def _lists(kind: int) -> list[int]:
+        if kind == SCAN_LOST:
+            return []
+        return [slot for slot, how in enumerate(_columns(kind).values()) if how == "l"]
+
+    def _count(self, chunk: bytes) -> None:
         trace, scanner = self.trace, self.scanner
-        for entry in bad[: min(scanner.malformed, _SHOWN - len(trace.bad))].tolist():
-            begin = entry >> 32
+        for begin, number in scanner.bad()[: _SHOWN - len(trace.bad)]:
             text = chunk[begin : begin + 120].split(b"\n")[0].decode("utf-8", "replace").strip()
-            trace.bad.append((entry & 0xFFFFFFFF, text))
+            trace.bad.append((number, text))
         trace.records += scanner.records
         trace.others += scanner.others
         trace.notes += scanner.notes
         trace.malformed += scanner.malformed
         trace.seconds = trace.seconds or bool(scanner.seconds)
 
-    def _translate(self, kind: int, part: Words, words: Words, chunk: bytes) -> None:
-        """Hashes of words to name ids, starts of lists to places in the whole pool."""
-        for slot, how in enumerate(_columns(kind).values()):
-            if how == "l":
-                part[:, slot] += np.uint64(self.pooled)
-            elif how in "st":
-                hashes, first, back = np.unique(part[:, slot], return_index=True, return_inverse=True)
-                ids = np.empty(len(hashes), np.uint64)
-                for which in np.argsort(first, kind="stable").tolist():
-                    ids[which] = self._id(int(hashes[which]), int(words[first[which], slot]), chunk)
-                part[:, slot] = ids[back]
-
-    def _id(self, hashed: int, place: int, chunk: bytes) -> int:
-        if hashed == ABSENT:
-            return ABSENT
-        if hashed not in self.ids:
-            begin, size = place >> 20, place & 0xFFFFF
-            self.ids[hashed] = len(self.trace.names)
-            self.trace.names.append(chunk[begin : begin + size].decode("utf-8", "replace"))
-        return self.ids[hashed]
-
     def finish(self) -> Trace:
         """The trace, its tables complete and in order of time."""
         trace = self.trace
+        trace.names = self.scanner.names
         trace.pool = np.concatenate(self.pools) if self.pools else trace.pool
         joined = {
-            kind: tuple(np.concatenate([part[i] for part in parts]) for i in range(3))
-            for kind, parts in self.parts.items()
+            kind: parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1) for kind, parts in self.parts.items()
         }
         rank = self._rank(joined)
-        for kind, (seq, head, values) in sorted(joined.items()):
-            table = _table(kind, seq, head, values)
+        for kind, block in sorted(joined.items()):
+            table = _table(kind, block)
             if rank is not None:
                 table.seq = rank[table.seq]
                 table = table.take(np.argsort(table.seq))
@@ -238,11 +217,11 @@ class _Builder:
                 trace.tables[table.name] = table
         return trace
 
-    def _rank(self, joined: dict[int, tuple[Any, ...]]) -> Ints | None:
+    def _rank(self, joined: dict[int, Words]) -> Ints | None:
         """The place of each record in the order of stamps, or None when the file has that order."""
         stamps = np.zeros(self.trace.records, np.uint64)
-        for seq, head, _ in joined.values():
-            stamps[seq] = head[:, 1]
+        for block in joined.values():
+            stamps[block[0].view(np.int64)] = block[2]
         if len(stamps) < 2 or bool((stamps[1:] >= stamps[:-1]).all()):
             return None
         self.trace.sorted_by_stamp = True
@@ -251,12 +230,12 @@ class _Builder:
         return rank
 
 
-def _table(kind: int, seq: Ints, head: Words, values: Words) -> Table:
-    common = {name: head[:, i].astype(np.int64) for i, name in enumerate(_COMMON)}
-    if kind == SCAN_LOST:
-        return Table("lost", seq, common, {"count": values[:, 0].copy()})
-    columns = {column: np.ascontiguousarray(values[:, slot]) for slot, column in enumerate(_columns(kind))}
-    return Table(EVENTS[kind].name, seq, common, columns)
+def _table(kind: int, block: Words) -> Table:
+    whole = block.view(np.int64)
+    common = {name: whole[1 + i] for i, name in enumerate(_COMMON)}
+    names = ["count"] if kind == SCAN_LOST else list(_columns(kind))
+    columns = {name: block[SCAN_HEAD + slot] for slot, name in enumerate(names)}
+    return Table("lost" if kind == SCAN_LOST else EVENTS[kind].name, whole[0], common, columns)
 
 
 def load(path: str | Path) -> Trace:

@@ -12,6 +12,7 @@ from dmakit.consts import (
     HOW_WORD,
     SALT_ENTRY,
     SALT_RETURN,
+    SCAN_LOST,
     SCAN_STEP,
 )
 from dmakit.trace.events import EVENTS, Event
@@ -39,7 +40,10 @@ class Pattern:
                 slot += 2 if field.how == "l" else 1
             self.slots.append(slots)
             self.first_step.append(len(self.steps) // SCAN_STEP)
-        self.width = max(sum(2 if f.how == "l" else 1 for f in event.fields) for event in events)
+        self.width = array("q", [1] * (SCAN_LOST + 1))  # slots of a row of each kind
+        for kind, event in enumerate(events):
+            self.width[kind] = sum(2 if field.how == "l" else 1 for field in event.fields)
+        self.widest = max(self.width)
 
     def names(self) -> list[tuple[bytes, int, int]]:
         """(name, kind, salt): every event name, and every traced kernel function with the salt of entry or return."""

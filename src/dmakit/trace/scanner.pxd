@@ -1,32 +1,20 @@
 cimport cython
+from dmakit.trace.rows cimport Rows
 
 @cython.final
-cdef class Scanner:
-    cdef readonly object pattern
-    cdef object text
+cdef class Scanner(Rows):
     cdef list anchor_texts
-    cdef const unsigned char[::1] data
     cdef const unsigned char[::1] anchors
+    cdef unsigned char* a
+    cdef unsigned char[256] digit
     cdef const long long[::1] steps
     cdef const long long[::1] first_step
     cdef unsigned long long[::1] table_hash
     cdef long long[::1] table_kind
-    cdef unsigned long long[::1] head
-    cdef unsigned long long[::1] values
-    cdef unsigned long long[::1] words
-    cdef unsigned long long[::1] pool
-    cdef unsigned long long[::1] bad_lines
-    cdef readonly Py_ssize_t width
-    cdef readonly Py_ssize_t records
-    cdef readonly Py_ssize_t pooled
-    cdef readonly Py_ssize_t others
-    cdef readonly Py_ssize_t notes
-    cdef readonly Py_ssize_t malformed
-    cdef readonly Py_ssize_t word_count
     cdef readonly bint seconds
     cdef Py_ssize_t at
     cdef Py_ssize_t payload
-    cdef bint bad
+    cdef bint wrong
     cdef unsigned long long stamp
     cdef long long pid
     cdef long long cpu
@@ -36,7 +24,6 @@ cdef class Scanner:
     cdef Py_ssize_t _anchor(self, Py_ssize_t step, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
     cdef unsigned long long _digits(self, Py_ssize_t begin, Py_ssize_t end, int base) noexcept nogil
     cdef unsigned long long _number(self, Py_ssize_t begin, Py_ssize_t end, int base) noexcept nogil
-    cdef unsigned long long _hash(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
     cdef Py_ssize_t _skip(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
     cdef Py_ssize_t _word(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
     cdef bint _task(self, Py_ssize_t begin, Py_ssize_t bracket) noexcept nogil
@@ -47,7 +34,6 @@ cdef class Scanner:
     cdef long long _kind(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
     cdef long long _by_symbol(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
     cdef bint _field(self, Py_ssize_t step, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t slot) noexcept nogil
-    cdef void _name(self, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t slot) noexcept nogil
     cdef bint _list(self, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t slot) noexcept nogil
     cdef bint _fields(self, long long kind, Py_ssize_t end) noexcept nogil
     cdef int _lost(self, Py_ssize_t begin, Py_ssize_t end, unsigned long long number) noexcept nogil

@@ -7,8 +7,9 @@ counter) or seconds with 3 to 9 decimals, kept as nanoseconds. The header is fou
 integers.
 
 Every line ends up in exactly one count: ``records`` (understood events, among them ``LOST`` markers), ``others`` (well
-formed, an event we do not read), ``notes`` (blank lines, comments, the tools' own remarks) or ``malformed``. Words are
-stored as hashes with the place of their text; ``columns.py`` turns them into small name ids.
+formed, an event we do not read), ``notes`` (blank lines, comments, the tools' own remarks) or ``malformed``.
+
+Where the rows go, and how they become columns, is in ``rows.py``.
 """
 
 # ruff: noqa: RET505 (Cython drops the branch that is not compiled only when it stands in an else)
@@ -22,6 +23,7 @@ import cython
 
 from dmakit.trace.events import ABSENT
 from dmakit.trace.pattern import Pattern
+from dmakit.trace.storage import longs
 
 if cython.compiled:
     from cython.cimports.dmakit.consts import (
@@ -39,6 +41,8 @@ if cython.compiled:
         SCAN_STEP,
         SCAN_TABLE,
     )
+    from cython.cimports.dmakit.trace.rows import Rows
+    from cython.cimports.libc.string import memchr
 else:
     from dmakit.consts import (
         HOW_HEX,
@@ -55,6 +59,7 @@ else:
         SCAN_STEP,
         SCAN_TABLE,
     )
+    from dmakit.trace.rows import Rows
 
 _MASK = (1 << 64) - 1  # interpreted code only
 _DECIMAL = re.compile(rb"\d+")
@@ -62,28 +67,35 @@ _HEXADECIMAL = re.compile(rb"[0-9a-fA-F]+")
 
 
 @cython.cclass
-class Scanner:
-    """Scans chunks of whole lines; after ``scan`` the rows are in ``rows()`` until the next call."""
+class Scanner(Rows):
+    """Scans chunks of whole lines; after ``scan``, ``block(kind)`` has the columns of each kind until the next call."""
 
     def __init__(self) -> None:
         pattern = Pattern()
-        self.pattern = pattern
-        self.width = pattern.width
+        Rows.__init__(self, pattern)
         self.anchor_texts = pattern.anchors
         self.anchors = b"".join(pattern.anchors) or b"\0"
         self.steps = memoryview(pattern.steps)
         self.first_step = memoryview(pattern.first_step)
-        self.table_hash = memoryview(array("Q", bytes(8 * SCAN_TABLE)))
+        self.table_hash = longs(SCAN_TABLE)
         self.table_kind = memoryview(array("q", [-1] * SCAN_TABLE))
         self.absent = ABSENT
         self.seconds = False
+        self._prepare()
         for name, kind, salt in pattern.names():
             self._enter(name, kind, salt)
 
+    def _prepare(self) -> None:
+        """What only compiled code needs: the anchors' bytes, the value of each digit."""
+        if cython.compiled:
+            self.a = cython.cast(cython.p_uchar, cython.address(self.anchors[0]))
+            byte: cython.int
+            for byte in range(256):
+                self.digit[byte] = int(chr(byte), 16) if chr(byte) in "0123456789abcdefABCDEF" else 255
+
     def _enter(self, name: bytes, kind: int, salt: int) -> None:
         """Put a name into the table; the first declaration of a name wins."""
-        self.text = name
-        self.data = name
+        self._read(name)
         hashed = self._hash(0, len(name)) ^ salt
         slot = hashed & (SCAN_TABLE - 1)
         while self.table_kind[slot] >= 0 and self.table_hash[slot] != hashed:
@@ -94,106 +106,90 @@ class Scanner:
 
     def scan(self, text: bytes, first_line: int = 1) -> int:
         """Scan whole lines; ``first_line`` numbers the first. Returns the number of lines."""
+        size: cython.Py_ssize_t = len(text)
+        number: cython.ulonglong = first_line
         lines = text.count(b"\n") + (not text.endswith(b"\n") and bool(text))
         self._room(lines, text.count(b",") + text.count(b"{") + 1)
         if text:
-            self.text = text
-            self.data = text
-            self._scan(len(text), first_line)
+            self._read(text)
+            with cython.nogil:
+                self._scan(size, number)
+                self._to_columns()
         return lines
-
-    def _room(self, lines: int, elements: int) -> None:
-        rows = max(lines, 1)
-        self.head = memoryview(array("Q", bytes(8 * rows * SCAN_HEAD)))
-        self.values = memoryview(array("Q", bytes(8 * rows * self.width)))
-        self.words = memoryview(array("Q", bytes(8 * rows * self.width)))
-        self.pool = memoryview(array("Q", bytes(8 * elements)))
-        self.bad_lines = memoryview(array("Q", bytes(8 * rows)))
-        self.records = self.pooled = self.others = self.notes = self.malformed = 0
-
-    def rows(self) -> tuple[object, object, object, object, object]:
-        """(head, values, words, pool, bad_lines): flat uint64 buffers of the last scan, as memoryviews.
-
-        ``head``: ``records`` rows of SCAN_HEAD; ``values``: rows of ``width``; ``words``: for word values, the place of
-        the text, offset << 20 | length; ``bad_lines``: offset << 32 | (line number) of malformed lines.
-        """
-        return self.head, self.values, self.words, self.pool, self.bad_lines
 
     # Finding and reading -----------------------------------------------------------------------------
 
     def _byte(self, byte: cython.int, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """The place of ``byte`` in [begin, end), or -1."""
         if cython.compiled:
-            at: cython.Py_ssize_t
-            for at in range(begin, end):
-                if self.data[at] == byte:
-                    return at
-            return -1
+            found: cython.p_uchar
+            if begin >= end:
+                return -1
+            found = cython.cast(cython.p_uchar, memchr(self.p + begin, byte, end - begin))
+            return -1 if found == cython.NULL else found - self.p
         else:
             return self.text.find(byte, begin, end)
 
     def _anchor(self, step: cython.Py_ssize_t, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """The place after the anchor text of ``step`` in [begin, end), or -1."""
         if cython.compiled:
-            at: cython.Py_ssize_t
             k: cython.Py_ssize_t
-            start: cython.Py_ssize_t = self.steps[step * SCAN_STEP + 3]
+            anchor: cython.p_uchar = self.a + self.steps[step * SCAN_STEP + 3]
             size: cython.Py_ssize_t = self.steps[step * SCAN_STEP + 4]
-            for at in range(begin, end - size + 1):
+            while begin + size <= end:
                 k = 0
-                while k < size and self.data[at + k] == self.anchors[start + k]:
+                while k < size and self.p[begin + k] == anchor[k]:
                     k += 1
                 if k == size:
-                    return at + size
+                    return begin + size
+                begin = self._byte(anchor[0], begin + 1, end)
+                if begin < 0:
+                    break
             return -1
         else:
-            anchor = self.anchor_texts[step]
-            found = self.text.find(anchor, begin, end)
-            return found if found < 0 else found + len(anchor)
+            text = self.anchor_texts[step]
+            place = self.text.find(text, begin, end)
+            return place if place < 0 else place + len(text)
 
     def _digits(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, base: cython.int) -> cython.ulonglong:
-        """The digits at ``begin``; sets ``at`` behind them and ``bad`` when there are none or over 64 bits."""
+        """The digits at ``begin``; sets ``at`` behind them and ``wrong`` when there are none or over 64 bits."""
         if cython.compiled:
             value: cython.ulonglong = 0
             limit: cython.ulonglong = ~cython.cast(cython.ulonglong, 0)
+            full: cython.ulonglong = limit >> 4 if base == 16 else limit // 10
             digit: cython.int
             at: cython.Py_ssize_t = begin
-            self.bad = False
+            p: cython.p_uchar = self.p
+            self.wrong = False
             while at < end:
-                digit = self.data[at]
-                if 48 <= digit <= 57:
-                    digit -= 48
-                elif base == 16 and 97 <= digit <= 102:
-                    digit -= 87
-                elif base == 16 and 65 <= digit <= 70:
-                    digit -= 55
-                else:
+                digit = self.digit[p[at]]
+                if digit >= base:
                     break
-                if value > (limit - digit) // base:
-                    self.bad = True
-                value = value * base + digit
+                if value >= full and value > (limit - digit) // base:
+                    self.wrong = True
+                value = (value << 4) + digit if base == 16 else value * 10 + digit
                 at += 1
             if at == begin:
-                self.bad = True
+                self.wrong = True
             self.at = at
             return value
         else:
             match = (_HEXADECIMAL if base == 16 else _DECIMAL).match(self.text, begin, end)
             if match is None:
-                self.at, self.bad = begin, True
+                self.at, self.wrong = begin, True
                 return 0
             self.at = match.end()
             value = int(match[0], base)
-            self.bad = value > _MASK
+            self.wrong = value > _MASK
             return value & _MASK
 
     def _number(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, base: cython.int) -> cython.ulonglong:
         """A number: ``0x`` makes it hexadecimal, ``-`` gives the two's complement."""
         value: cython.ulonglong
         if begin + 1 < end:
-            if self.data[begin] == 48 and self.data[begin + 1] == 120:
+            if self.p[begin] == 48 and self.p[begin + 1] == 120:
                 return self._digits(begin + 2, end, 16)
-            if self.data[begin] == 45:
+            if self.p[begin] == 45:
                 value = self._digits(begin + 1, end, base)
                 if cython.compiled:
                     return ~value + 1
@@ -201,21 +197,9 @@ class Scanner:
                     return -value & _MASK
         return self._digits(begin, end, base)
 
-    def _hash(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.ulonglong:
-        """A 64-bit hash of a word (FNV-like compiled, Python's own interpreted: only equality is ever used)."""
-        if cython.compiled:
-            at: cython.Py_ssize_t
-            value: cython.ulonglong = 0x4222325
-            prime: cython.ulonglong = (cython.cast(cython.ulonglong, 1) << 40) | 0x1B3
-            for at in range(begin, end):
-                value = (value ^ self.data[at]) * prime
-            return value
-        else:
-            return hash(self.text[begin:end]) & _MASK
-
     def _skip(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """The first place that is not a blank."""
-        while begin < end and self.data[begin] <= 32:
+        while begin < end and self.p[begin] <= 32:
             begin += 1
         return begin
 
@@ -223,7 +207,7 @@ class Scanner:
         """The end of the word at ``begin``: a blank, quote, bracket or the end of the line."""
         byte: cython.int
         while begin < end:
-            byte = self.data[begin]
+            byte = self.p[begin]
             if byte <= 32 or byte == 34 or byte == 91 or byte == 93:
                 break
             begin += 1
@@ -235,21 +219,21 @@ class Scanner:
         """Whether ``-PID`` (and an optional ``(TGID)``) ends right before ``bracket``; sets ``pid``."""
         at: cython.Py_ssize_t = bracket - 1
         last: cython.Py_ssize_t
-        while at > begin and self.data[at] == 32:
+        while at > begin and self.p[at] == 32:
             at -= 1
-        if at > begin and self.data[at] == 41:
-            while at > begin and self.data[at] != 40:
+        if at > begin and self.p[at] == 41:
+            while at > begin and self.p[at] != 40:
                 at -= 1
             at -= 1
-            while at > begin and self.data[at] == 32:
+            while at > begin and self.p[at] == 32:
                 at -= 1
         last = at
-        while at > begin and 48 <= self.data[at] <= 57:
+        while at > begin and 48 <= self.p[at] <= 57:
             at -= 1
-        if at == last or at < begin or self.data[at] != 45:
+        if at == last or at < begin or self.p[at] != 45:
             return False
         self.pid = self._digits(at + 1, last + 1, 10)
-        return not self.bad
+        return not self.wrong
 
     def _where(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.Py_ssize_t:
         """Find ``-PID [CPU]``; sets ``pid`` and ``cpu``; returns the place behind ``]`` or -1."""
@@ -257,7 +241,7 @@ class Scanner:
         bracket: cython.Py_ssize_t = self._byte(91, begin, end)
         while bracket >= 0:
             self.cpu = self._digits(bracket + 1, end, 10)
-            if not self.bad and self.at + 1 < end and self.data[self.at] == 93 and self.data[self.at + 1] <= 32:
+            if not self.wrong and self.at + 1 < end and self.p[self.at] == 93 and self.p[self.at + 1] <= 32:
                 close = self.at
                 if self._task(begin, bracket):
                     return close + 1
@@ -270,16 +254,16 @@ class Scanner:
         part: cython.ulonglong
         scale: cython.ulonglong
         places: cython.Py_ssize_t
-        if self.bad:
+        if self.wrong:
             return False
         if self.at == end:
             self.stamp = whole
             return True
-        if self.data[self.at] != 46:
+        if self.p[self.at] != 46:
             return False
         places = end - self.at - 1
         part = self._digits(self.at + 1, end, 10)
-        if self.bad or self.at != end or places > 9 or whole >> 33:
+        if self.wrong or self.at != end or places > 9 or whole >> 33:
             return False
         scale = 1
         while places < 9:
@@ -299,10 +283,10 @@ class Scanner:
             stop = self._byte(32, begin, end)
             if stop < 0:
                 return -1
-            if self.data[stop - 1] == 58 and self._stamp(begin, stop - 1):
+            if self.p[stop - 1] == 58 and self._stamp(begin, stop - 1):
                 return stop
             if stop - begin >= 3:  # irqs-off, need-resched, hardirq/softirq, preempt-depth, …
-                self.context = self.data[begin + 2]
+                self.context = self.p[begin + 2]
             begin = stop
             tries += 1
         return -1
@@ -321,14 +305,14 @@ class Scanner:
         """The kind of ``name: payload`` (or ``system:name: payload``), -1 unknown, -2 malformed; sets ``payload``."""
         kind: cython.longlong
         colon: cython.Py_ssize_t = self._byte(58, begin, end)
-        if colon > begin and colon + 1 < end and self.data[colon + 1] > 32:
+        if colon > begin and colon + 1 < end and self.p[colon + 1] > 32:
             begin = colon + 1
             colon = self._byte(58, begin, end)
         if colon <= begin or self._byte(32, begin, colon) >= 0:
             return -2
         self.payload = self._skip(colon + 1, end)
         kind = self._lookup(self._hash(begin, colon))
-        if kind < 0 and self.payload < end and self.data[self.payload] == 40:
+        if kind < 0 and self.payload < end and self.p[self.payload] == 40:
             return self._by_symbol(self.payload, end)
         return kind
 
@@ -345,28 +329,23 @@ class Scanner:
         stop = self._byte(43, begin, close)
         return -1 if stop < 0 else self._lookup(self._hash(begin + 1, stop) ^ SALT_ENTRY)
 
-    def _name(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, slot: cython.Py_ssize_t) -> cython.void:
-        """Store a word: its hash as the value, its place in ``words``."""
-        self.values[slot] = self._hash(begin, end)
-        self.words[slot] = (begin << 20) | (end - begin)
-
     def _list(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, slot: cython.Py_ssize_t) -> cython.bint:
         """Read ``{0x1,0x2}`` into the pool; the row keeps start and count."""
         first: cython.Py_ssize_t = self.pooled
-        if begin >= end or self.data[begin] != 123:
+        if begin >= end or self.p[begin] != 123:
             return False
         begin += 1
-        while begin < end and self.data[begin] != 125:
+        while begin < end and self.p[begin] != 125:
             self.pool[self.pooled] = self._number(begin, end, 10)
-            if self.bad:
+            if self.wrong:
                 return False
             self.pooled += 1
             begin = self.at
-            if begin < end and self.data[begin] == 44:
+            if begin < end and self.p[begin] == 44:
                 begin += 1
         self.at = begin
-        self.values[slot] = first
-        self.values[slot + 1] = self.pooled - first
+        self.rows[slot] = first
+        self.rows[slot + 1] = self.pooled - first
         return begin < end
 
     def _field(
@@ -376,18 +355,18 @@ class Scanner:
         how: cython.longlong = self.steps[step * SCAN_STEP]
         stop: cython.Py_ssize_t
         if how <= HOW_HEX:
-            self.values[slot] = self._number(begin, end, 16 if how == HOW_HEX else 10)
-            return not self.bad
+            self.rows[slot] = self._number(begin, end, 16 if how == HOW_HEX else 10)
+            return not self.wrong
         if how == HOW_LIST:
             return self._list(begin, end, slot)
         if how == HOW_TEXT:
-            self._name(begin, end, slot)
+            self.rows[slot] = self._name(begin, end)
             self.at = end
             return True
-        if begin < end and self.data[begin] == 34:
+        if begin < end and self.p[begin] == 34:
             begin += 1
         stop = self._word(begin, end)
-        self._name(begin, stop, slot)
+        self.rows[slot] = self._name(begin, stop)
         self.at = stop
         return True
 
@@ -398,16 +377,16 @@ class Scanner:
         slot: cython.Py_ssize_t
         at: cython.Py_ssize_t = self.payload
         for step in range(self.first_step[kind], self.first_step[kind + 1]):
-            slot = self.records * self.width + self.steps[step * SCAN_STEP + 2]
+            slot = self.top + SCAN_HEAD + self.steps[step * SCAN_STEP + 2]
             place = self._anchor(step, at, end)
             if place < 0:  # other kernels may print the fields in another order
                 place = self._anchor(step, self.payload - 1, end)
             if place < 0:
                 if not self.steps[step * SCAN_STEP + 1]:
                     return False
-                self.values[slot] = self.absent
+                self.rows[slot] = self.absent
                 if self.steps[step * SCAN_STEP] == HOW_LIST:
-                    self.values[slot] = self.values[slot + 1] = 0
+                    self.rows[slot] = self.rows[slot + 1] = 0
                 continue
             if not self._field(step, place, end, slot):
                 return False
@@ -417,15 +396,17 @@ class Scanner:
     # Lines ------------------------------------------------------------------------------------------------
 
     def _put(self, kind: cython.longlong, number: cython.ulonglong) -> cython.void:
-        """Complete the row at ``records``."""
-        row: cython.Py_ssize_t = self.records * SCAN_HEAD
-        self.head[row] = number
-        self.head[row + 1] = self.stamp
-        self.head[row + 2] = self.cpu
-        self.head[row + 3] = self.pid
-        self.head[row + 4] = self.context
-        self.head[row + 5] = kind
+        """Complete the row at ``top``."""
+        row: cython.Py_ssize_t = self.top
+        self.rows[row] = self.records
+        self.rows[row + 1] = number
+        self.rows[row + 2] = self.stamp
+        self.rows[row + 3] = self.cpu
+        self.rows[row + 4] = self.pid
+        self.rows[row + 5] = self.context
+        self.kinds[self.records] = kind
         self.records += 1
+        self.top = row + SCAN_HEAD + self.width[kind]
 
     def _lost(self, begin: cython.Py_ssize_t, end: cython.Py_ssize_t, number: cython.ulonglong) -> cython.int:
         """``CPU:1 [LOST 123 EVENTS]`` or ``CPU:1 [123 EVENTS DROPPED]`` behind ``CPU:``."""
@@ -433,12 +414,12 @@ class Scanner:
         digit: cython.Py_ssize_t
         self.cpu = self._digits(begin, end, 10)
         bracket = self._byte(91, begin, end)
-        if self.bad or bracket < 0:
+        if self.wrong or bracket < 0:
             return LINE_MALFORMED
         digit = bracket
-        while digit < end and not 48 <= self.data[digit] <= 57:
+        while digit < end and not 48 <= self.p[digit] <= 57:
             digit += 1
-        self.values[self.records * self.width] = self._digits(digit, end, 10) if digit < end else self.absent
+        self.rows[self.top + SCAN_HEAD] = self._digits(digit, end, 10) if digit < end else self.absent
         self.pid = 0
         self.context = 0
         self._put(SCAN_LOST, number)
@@ -449,11 +430,11 @@ class Scanner:
         at: cython.Py_ssize_t
         kind: cython.longlong
         begin = self._skip(begin, end)
-        while end > begin and self.data[end - 1] <= 32:
+        while end > begin and self.p[end - 1] <= 32:
             end -= 1
-        if begin == end or self.data[begin] == 35:
+        if begin == end or self.p[begin] == 35:
             return LINE_NOTE
-        if self.data[begin] == 67 and end - begin > 6 and self.data[begin + 1] == 80 and self.data[begin + 3] == 58:
+        if self.p[begin] == 67 and end - begin > 6 and self.p[begin + 1] == 80 and self.p[begin + 3] == 58:
             return self._lost(begin + 4, end, number)
         at = self._where(begin, end)
         if at >= 0:
