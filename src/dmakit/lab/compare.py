@@ -149,6 +149,10 @@ class Run:
         if mapped is None:
             return
         expected = self.pattern.of(request.number, request.size)
+        if request.op == "write" and request.number in self.rig.shared:
+            expected = memoryview(
+                self.rig.cpu_read(request.segments)
+            )  # somebody wrote there since: what holds is there
         found: bytes | None = b""
         try:
             found = self.rig.device_io(request, mapped.descriptors, expected)
@@ -213,7 +217,7 @@ def compare(
 ) -> Comparison:
     """Run the strategies (all of them unless ``names`` says which) one after the other."""
     results = [run_strategy(name, source, options, progress) for name in names or list(STRATEGIES)]
-    return Comparison(source.name, options, results)
+    return Comparison(source.name, options, results, source.missing())
 
 
 def deciding(one: StrategyResult, other: StrategyResult, most: int = 3) -> list[tuple[str, int, int, float]]:

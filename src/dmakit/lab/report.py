@@ -128,7 +128,7 @@ def print_takeaways(out: Console, comparison: Comparison, command: str) -> None:
     spent = ", ".join(f"{result.name} {result.simulator_ns / 1e6:,.0f} ms" for result in ran)
     out.print(f"time of dmakit's own code ({core} core), never the kernel's: {spent}", style="dim")
     for note in comparison.notes:
-        out.print(f"note: {note}", style="dim", markup=False)
+        out.print(f"not knowable from this trace: {note}", style="dim", markup=False)
 
 
 def print_winner(out: Console, comparison: Comparison) -> None:

@@ -23,7 +23,7 @@ from dmakit.dma.direction import Direction
 from dmakit.errors import DmakitError
 from dmakit.lab.descriptors import Descriptors, fetch
 from dmakit.lab.options import Options
-from dmakit.lab.workload import IoRequest, Segments, Workload
+from dmakit.lab.workload import IoRequest, Segments, Workload, overlapping
 from dmakit.memory.buffers import CpuView
 from dmakit.nvme.coherent import DeviceSource
 from dmakit.nvme.mapping import RequestMapper
@@ -81,6 +81,7 @@ class Rig:
         self.provider: Provider | None = None
         if options.p2p != "none":
             self._move_to_peer()
+        self.shared = overlapping(self.workload)
         self.device = self._make_device()
         self.cpu_view: CpuView = self.machine.cache or self.machine.memory
         self.ledger = self.machine.ledger
@@ -125,7 +126,11 @@ class Rig:
         self.peer = P2pState(topology, client, self.machine.ledger)
         shift = bar.start - low
         self.workload.requests = [
-            replace(r, segments=tuple((phys + shift, size) for phys, size in r.segments))
+            replace(
+                r,
+                segments=tuple((phys + shift, size) for phys, size in r.segments),
+                bvecs=tuple((phys + shift, size) for phys, size in r.bvecs),
+            )
             for r in self.workload.requests
         ]
 
@@ -140,7 +145,7 @@ class Rig:
             parts[request.number] = []
             for part in split(bio, self.limits):
                 parts[request.number].append(len(requests))
-                requests.append(replace(request, number=len(requests), segments=tuple(part.data.bvecs)))
+                requests.append(replace(request, number=len(requests), segments=tuple(part.data.bvecs), bvecs=()))
         self.workload.requests = requests
         self.workload.schedule = [(kind, new) for kind, old in self.workload.schedule for new in parts[old]]
 

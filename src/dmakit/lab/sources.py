@@ -6,14 +6,16 @@ Addresses that this machine has no RAM at (the recorded one had another layout) 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from dmakit.errors import InputError
 from dmakit.lab.inputs import Input
-from dmakit.lab.workload import FioSpec, IoRequest, Workload
+from dmakit.lab.workload import FioSpec, IoRequest, Segments, Workload
 from dmakit.platform.soft import HIGH_RAM_START, LOW_RAM_END, Machine
-from dmakit.units import GIB, MIB
+from dmakit.trace.requests import Recorded
+from dmakit.units import GIB, MIB, PAGE
 
 _LARGEST_REQUEST = 64 * MIB
 
@@ -25,6 +27,13 @@ class FioSource:
         self.name = name
         self.spec = spec
         self.cpus = spec.jobs
+        data = spec.iodepth * spec.jobs * max(spec.block_sizes)
+        host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if data > host // 2:
+            raise InputError(
+                f"{name}: buffers for {spec.iodepth * spec.jobs} requests in flight need {data >> 20} MiB, more than "
+                f"half of this host's {host >> 20} MiB: use a smaller bs, iodepth or jobs"
+            )
         buffers = spec.iodepth * spec.jobs * (max(spec.block_sizes) + 4 * MIB)
         self.machine_options: dict[str, Any] = {
             "ram": -(-2 * buffers // GIB) * GIB + 4 * GIB,
@@ -87,6 +96,18 @@ class TraceSource:
             return phys - LOW_RAM_END + self.high, size
         return phys, size
 
+    def _bvecs(self, request: Recorded) -> Segments:
+        """Two pieces for a request of one segment that the kernel did not treat as one.
+
+        Its driver asks for the number of pieces before it looks at contiguity, so a window with a single link shows
+        that the request had been merged from more than one.
+        """
+        if request.method != "two-step" or len(request.segments) != 1 or request.segments[0][1] <= PAGE:
+            return ()
+        phys, size = self._placed(*request.segments[0])
+        first = PAGE - phys % PAGE
+        return (phys, first), (phys + first, size - first)
+
     def place(self, machine: Machine) -> Workload:
         """The recorded requests; nothing is allocated, the addresses are theirs."""
         from dmakit.trace.requests import schedule
@@ -99,6 +120,7 @@ class TraceSource:
                 request.cpu,
                 request.end_cpu,
                 request.phase,
+                self._bvecs(request),
             )
             for request in self.requests
         ]

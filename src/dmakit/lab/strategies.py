@@ -99,7 +99,7 @@ class Strategy:
     def block_request(self, request: IoRequest) -> Request:
         """The block layer's request for the same data."""
         op = Op.READ if request.op == "read" else Op.WRITE
-        return Request(op, list(request.segments), limits=self.rig.limits, cpu=request.cpu)
+        return Request(op, list(request.bvecs or request.segments), limits=self.rig.limits, cpu=request.cpu)
 
 
 class Page(Strategy):

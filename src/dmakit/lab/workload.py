@@ -26,7 +26,11 @@ Segments = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class IoRequest:
-    """One request: ``op`` is ``read`` (device writes memory) or ``write``; segments are (phys, bytes)."""
+    """One request: ``op`` is ``read`` (device writes memory) or ``write``; segments are (phys, bytes).
+
+    ``bvecs``: how the block layer holds the same memory, where that is known to be more pieces than segments (a request
+    merged from several bios whose memory happens to be contiguous); empty: one piece a segment.
+    """
 
     number: int
     op: str
@@ -34,6 +38,7 @@ class IoRequest:
     cpu: int = 0
     complete_cpu: int = 0
     phase: str = ""
+    bvecs: Segments = ()
 
     @property
     def size(self) -> int:
@@ -139,6 +144,24 @@ class FioSpec:
             op = "read" if draw.random() < self.read_share else "write"
             requests.append(IoRequest(number, op, merge_adjacent(buffer.slices(0, size)), job, job))
         return Workload(self.name, requests, queue_schedule(len(requests), self.iodepth * self.jobs), self.jobs)
+
+
+def overlapping(workload: Workload) -> set[int]:
+    """Numbers of the requests that share a page with another one while both are in flight."""
+    users: dict[int, set[int]] = {}
+    shared: set[int] = set()
+    requests = {request.number: request for request in workload.requests}
+    for kind, number in workload.schedule:
+        for phys, size in requests[number].segments:
+            for page in range(phys >> 12, (phys + size + 4095) >> 12):
+                there = users.setdefault(page, set())
+                if kind == COMPLETE:
+                    there.discard(number)
+                    continue
+                there.add(number)
+                if len(there) > 1:
+                    shared |= there
+    return shared
 
 
 def queue_schedule(count: int, depth: int) -> list[tuple[int, int]]:

@@ -104,6 +104,7 @@ class _Reader:
             "block_rq_issue": self.issue,
             "destroy_in": self.ended,
             self.unmaps: self.ended,
+            "dma_unmap_sg": self.ended_sg,
         }
         tables = {name: self.trace.table(name) for name in handlers}
         order = np.concatenate([table.seq for table in tables.values()])
@@ -211,6 +212,15 @@ class _Reader:
         request = self.open.pop((self.device(table, row), int(table[column][row])), None)
         if request is not None:
             request.end, request.end_cpu = int(table.seq[row]), int(table.cpu[row])
+
+    def ended_sg(self, table: Table, row: int) -> None:
+        """A scatterlist was unmapped; the event names only its memory."""
+        phys = self.trace.elements(table, "phys_addrs", row)
+        for key, request in self.open.items() if phys else ():
+            if request.method == "sg" and request.segments[0][0] == phys[0] and key[0] == self.device(table, row):
+                request.end, request.end_cpu = int(table.seq[row]), int(table.cpu[row])
+                del self.open[key]
+                return
 
     def finish(self) -> None:
         """Requests without an end stay until the trace's end; say what was missing."""
