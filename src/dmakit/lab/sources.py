@@ -102,10 +102,12 @@ class TraceSource:
         Its driver asks for the number of pieces before it looks at contiguity, so a window with a single link shows
         that the request had been merged from more than one.
         """
-        if request.method != "two-step" or len(request.segments) != 1 or request.segments[0][1] <= PAGE:
+        if request.method != "two-step" or len(request.segments) != 1:
             return ()
         phys, size = self._placed(*request.segments[0])
         first = PAGE - phys % PAGE
+        if first >= size:
+            return ()
         return (phys, first), (phys + first, size - first)
 
     def place(self, machine: Machine) -> Workload:
