@@ -19,24 +19,16 @@ import cython
 def ceil_log2(value: cython.ulonglong) -> cython.int:
     """The smallest n with ``value <= 2**n``, for 1 <= value <= 2**63 (the kernel's ``order_base_2``)."""
     if cython.compiled:
-        order: cython.int = 0
-        rest: cython.ulonglong = value - 1
-        while rest:
-            rest >>= 1
-            order += 1
-        return order
+        if value <= 1:
+            return 0
+        return 64 - leading_zeros(value - 1)  # noqa: F821 (bits.pxd names the compiler's own)
     return (value - 1).bit_length()
 
 
 def floor_log2(value: cython.ulonglong) -> cython.int:
     """The largest n with ``2**n <= value``, for value >= 1."""
     if cython.compiled:
-        order: cython.int = -1
-        rest: cython.ulonglong = value
-        while rest:
-            rest >>= 1
-            order += 1
-        return order
+        return 63 - leading_zeros(value)  # noqa: F821
     return value.bit_length() - 1
 
 

@@ -27,142 +27,76 @@ Models ``struct iova_domain`` and ``alloc_iova_fast``, ``free_iova_fast``, ``all
 
 from __future__ import annotations
 
-from array import array
-from functools import partial
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import cython
 
-from dmakit.clock import MS, Timer, VirtualClock
 from dmakit.errors import ExhaustedError, MisuseError
-from dmakit.iova.arguments import Text, within, words
+from dmakit.iova.arguments import within, words
 
 if cython.compiled:
     from cython.cimports.dmakit.consts import (
-        ENOMEM,
-        IOVA_ANCHOR,
-        IOVA_MAG_STRIDE,
         IOVA_NIL,
         IOVA_RANGE_CACHE_MAX_SIZE,
         L_IOVA_FAILED,
-        L_IOVA_FREE_TREE,
         L_IOVA_TREE,
-        L_LOCK_DEPOT,
-        L_LOCK_RBTREE,
-        L_RCACHE_FLUSHES,
-        L_TREE_NODES,
     )
-    from cython.cimports.dmakit.failpoint import FailPoint
-    from cython.cimports.dmakit.iova.bits import ceil_log2
-    from cython.cimports.dmakit.iova.rcache import IovaRcaches
-    from cython.cimports.dmakit.iova.search import AugmentedSearch, LinuxSearch
-    from cython.cimports.dmakit.ledger import Ledger
+    from cython.cimports.dmakit.iova.allocator import IovaAllocator
+    from cython.cimports.dmakit.iova.exact import Words, borrow, exact, give_back
 else:
-    from dmakit.consts import (
-        ENOMEM,
-        IOVA_ANCHOR,
-        IOVA_MAG_STRIDE,
-        IOVA_NIL,
-        IOVA_RANGE_CACHE_MAX_SIZE,
-        L_IOVA_FAILED,
-        L_IOVA_FREE_TREE,
-        L_IOVA_TREE,
-        L_LOCK_DEPOT,
-        L_LOCK_RBTREE,
-        L_RCACHE_FLUSHES,
-        L_TREE_NODES,
-    )
-    from dmakit.failpoint import FailPoint
-    from dmakit.iova.bits import ceil_log2
-    from dmakit.iova.rcache import IovaRcaches
-    from dmakit.iova.search import AugmentedSearch, LinuxSearch
-    from dmakit.ledger import Ledger
-
-POLICIES = ("linux", "augmented")
-_DEPOT_DELAY_NS = 100 * MS
-_LARGEST_GRANULE = 1 << 30
+    from dmakit.consts import IOVA_NIL, IOVA_RANGE_CACHE_MAX_SIZE, L_IOVA_FAILED, L_IOVA_TREE
+    from dmakit.iova.allocator import IovaAllocator
+    from dmakit.iova.exact import exact
 
 
 @cython.cclass
-class IovaDomain:
+class IovaDomain(IovaAllocator):
     """One IOVA space of ``granule``-sized pages from ``start_pfn``, shared by ``cpus`` CPUs.
 
     ``ledger``, ``fail`` and ``clock`` are the machine's; without a clock the depot's delayed work runs only when
     ``depot_work`` is called. ExhaustedError when there is no memory for the magazines.
     """
 
-    def __init__(
-        self,
-        *,
-        granule: SupportsIndex = 4096,
-        start_pfn: SupportsIndex = 1,
-        cpus: SupportsIndex = 1,
-        policy: Text = "linux",
-        ledger: Ledger | None = None,
-        fail: FailPoint | None = None,
-        clock: VirtualClock | None = None,
-    ) -> None:
-        self.granule = within("granule", granule, 4, _LARGEST_GRANULE)
-        if self.granule & (self.granule - 1):
-            raise MisuseError(f"granule={granule}: must be a power of two")
-        self.granule_shift = self.granule.bit_length() - 1
-        self.highest_pfn = ((1 << 64) - 1) >> self.granule_shift
-        self.start_pfn = within("start_pfn", start_pfn, 1, self.highest_pfn)
-        self.dma_32bit_pfn = 1 << (32 - self.granule_shift)
-        self.cpus = within("cpus", cpus, 1, 4096)
-        if policy not in POLICIES:
-            raise MisuseError(f"policy={policy!r}: must be one of {', '.join(POLICIES)}")
-        self.policy = policy
-        self.ledger = Ledger(self.cpus) if ledger is None else ledger
-        if self.ledger.cpus < self.cpus:
-            raise MisuseError(f"cpus={self.cpus}: the ledger counts only {self.ledger.cpus}")
-        self.fail = FailPoint() if fail is None else fail
-        self.clock = clock
-        self.search = (LinuxSearch if policy == "linux" else AugmentedSearch)(self.start_pfn, self.dma_32bit_pfn)
-        self.rcaches = IovaRcaches(self.cpus, self.ledger, self.fail)
-        self._online = memoryview(array("b", b"\1" * self.cpus))
-        self.online_cpus = self.cpus
-        self.depot_delay_ns = _DEPOT_DELAY_NS
-        self._work: list[Timer | None] = [None] * IOVA_RANGE_CACHE_MAX_SIZE
-        self._work_cpu: list[int] = [0] * IOVA_RANGE_CACHE_MAX_SIZE
-        self._events: list[tuple[object, ...]] = []
-        self._recording = False
-
     # Public calls: validate, call the internal, raise ------------------------------------------------------------
 
+    @cython.locals(on=cython.int, wanted=cython.ulonglong, limit=cython.ulonglong, pfn=cython.ulonglong)
     def alloc_fast(
-        self, size: SupportsIndex, limit_pfn: SupportsIndex, flush_rcache: object = True, *, cpu: SupportsIndex = 0
+        self, size: SupportsIndex, limit_pfn: SupportsIndex, flush_rcache: object = True, cpu: SupportsIndex = 0
     ) -> int:
         """First pfn of ``size`` granules that end at ``limit_pfn`` or below (``alloc_iova_fast``).
 
         ``flush_rcache``: when nothing fits, give all cached ranges back to the tree and search again.
         ExhaustedError when the space (or memory for a node) is used up.
         """
-        cpu, size = self._on_cpu(cpu), within("size", size, 1, self.highest_pfn)
-        limit_pfn = within("limit_pfn", limit_pfn, 0, self.highest_pfn)
-        pfn = self._alloc_fast(cpu, size, limit_pfn, bool(flush_rcache))
+        on = self._cpu(cpu)
+        wanted, limit = self._pfn("size", size, 1), self._pfn("limit_pfn", limit_pfn, 0)
+        pfn = self._alloc_fast(on, wanted, limit, True if flush_rcache is True else bool(flush_rcache))
         if pfn == 0:
-            raise ExhaustedError(f"no free range of {size} granules at or below pfn {limit_pfn:#x}")
+            raise ExhaustedError(f"no free range of {wanted} granules at or below pfn {limit:#x}")
         return pfn
 
-    def alloc(self, size: SupportsIndex, limit_pfn: SupportsIndex, *, cpu: SupportsIndex = 0) -> int:
+    @cython.locals(on=cython.int, wanted=cython.ulonglong, limit=cython.ulonglong, pfn=cython.ulonglong)
+    def alloc(self, size: SupportsIndex, limit_pfn: SupportsIndex, cpu: SupportsIndex = 0) -> int:
         """``alloc_fast`` without magazines and without rounding: one search of the tree (``alloc_iova``)."""
-        cpu, size = self._on_cpu(cpu), within("size", size, 1, self.highest_pfn)
-        limit = within("limit_pfn", limit_pfn, 0, self.highest_pfn)
-        pfn = self._alloc(cpu, size, limit)
-        self.ledger.count(L_IOVA_TREE if pfn else L_IOVA_FAILED)
+        on = self._cpu(cpu)
+        wanted, limit = self._pfn("size", size, 1), self._pfn("limit_pfn", limit_pfn, 0)
+        pfn = self._alloc(on, wanted, limit)
+        self.ledger.counts[L_IOVA_TREE if pfn else L_IOVA_FAILED] += 1
         if pfn == 0:
-            raise ExhaustedError(f"no free range of {size} granules at or below pfn {limit:#x}")
+            raise ExhaustedError(f"no free range of {wanted} granules at or below pfn {limit:#x}")
         return pfn
 
-    def free_fast(self, pfn: SupportsIndex, size: SupportsIndex, *, cpu: SupportsIndex = 0) -> None:
+    @cython.locals(on=cython.int, wanted=cython.ulonglong)
+    def free_fast(self, pfn: SupportsIndex, size: SupportsIndex, cpu: SupportsIndex = 0) -> None:
         """Free the range at ``pfn`` through the magazines of ``cpu`` (``free_iova_fast``)."""
-        cpu, size = self._on_cpu(cpu), within("size", size, 1, self.highest_pfn)
-        self._free_fast(cpu, self._allocated(pfn), size)
+        on, wanted = self._cpu(cpu), self._pfn("size", size, 1)
+        self._free_fast(on, self._allocated(pfn), wanted)
 
-    def free(self, pfn: SupportsIndex, *, cpu: SupportsIndex = 0) -> None:
+    @cython.locals(on=cython.int)
+    def free(self, pfn: SupportsIndex, cpu: SupportsIndex = 0) -> None:
         """Remove the whole tree node that holds ``pfn`` (``free_iova``)."""
-        self._free(self._on_cpu(cpu), self._allocated(pfn))
+        on = self._cpu(cpu)
+        self._free(on, self._allocated(pfn))
 
     def reserve(self, lo: SupportsIndex, hi: SupportsIndex) -> None:
         """Make pfns ``lo`` to ``hi`` (inclusive) unavailable, over whatever is allocated there (``reserve_iova``).
@@ -175,14 +109,12 @@ class IovaDomain:
         if self._reserve(lo, hi) < 0:
             raise ExhaustedError(f"no memory for the reservation of pfns [{lo:#x}, {hi:#x}]")
 
-    @cython.locals(wanted="unsigned long long[::1]", found="unsigned long long[::1]")
-    @cython.locals(limit=cython.ulonglong, on=cython.int, flush=cython.bint, done=cython.longlong)
+    @cython.locals(on=cython.int, limit=cython.ulonglong, flush=cython.bint, done=cython.longlong)
     def alloc_batch(
         self,
         sizes: object,
         limit_pfn: SupportsIndex,
         pfns: object,
-        *,
         flush_rcache: object = True,
         cpu: SupportsIndex = 0,
     ) -> int:
@@ -190,24 +122,25 @@ class IovaDomain:
 
         Compiled, it runs without the GIL; no other thread may use the domain meanwhile.
         """
-        on, limit = self._on_cpu(cpu), within("limit_pfn", limit_pfn, 0, self.highest_pfn)
-        wanted, found = self._sizes(sizes), words("pfns", pfns, writable=True)
-        if len(wanted) != len(found):
-            raise MisuseError(f"pfns: must have as many items as sizes ({len(wanted)}), not {len(found)}")
-        flush = bool(flush_rcache)
-        with cython.nogil:
-            done = self._alloc_many(on, wanted, limit, flush, found)
-        return done  # noqa: RET504 (it takes the GIL)
+        on, limit, flush = self._cpu(cpu), self._pfn("limit_pfn", limit_pfn, 0), bool(flush_rcache)
+        done = self._alloc_words(on, sizes, limit, flush, pfns) if cython.compiled else -1
+        if done < 0:
+            wanted, found = self._sizes(sizes), words("pfns", pfns, writable=True)
+            if len(wanted) != len(found):
+                raise MisuseError(f"pfns: must have as many items as sizes ({len(wanted)}), not {len(found)}")
+            done = self._alloc_words(on, wanted, limit, flush, found)
+        return done
 
-    @cython.locals(ranges="unsigned long long[::1]", spans="unsigned long long[::1]", on=cython.int)
-    def free_batch(self, pfns: object, sizes: object, *, cpu: SupportsIndex = 0) -> None:
+    @cython.locals(on=cython.int, done=cython.bint)
+    def free_batch(self, pfns: object, sizes: object, cpu: SupportsIndex = 0) -> None:
         """``free_fast`` for each pair of ``pfns`` and ``sizes`` (64-bit words); a pfn of 0 is skipped."""
-        on = self._on_cpu(cpu)
-        ranges, spans = words("pfns", pfns), self._sizes(sizes)
-        if len(ranges) != len(spans):
-            raise MisuseError(f"sizes: must have as many items as pfns ({len(ranges)}), not {len(spans)}")
-        with cython.nogil:
-            self._free_many(on, ranges, spans)
+        on = self._cpu(cpu)
+        done = self._free_words(on, pfns, sizes) if cython.compiled else False
+        if not done:
+            ranges, spans = words("pfns", pfns), self._sizes(sizes)
+            if len(ranges) != len(spans):
+                raise MisuseError(f"sizes: must have as many items as pfns ({len(ranges)}), not {len(spans)}")
+            self._free_words(on, ranges, spans)
 
     def flush_rcaches(self, *, cpu: SupportsIndex = 0) -> None:
         """Give every cached range back to the tree, as an allocation does that found nothing."""
@@ -224,24 +157,6 @@ class IovaDomain:
         self.online_cpus += 1 if online else -1
         if not online:
             self._drain_cpu(cpu, cpu)
-
-    def depot_work(self, order: SupportsIndex) -> bool:
-        """One run of the delayed work of a depot; true when it gave a magazine back (and armed itself again)."""
-        order = within("order", order, 0, IOVA_RANGE_CACHE_MAX_SIZE - 1)
-        self._disarm(order)
-        cpu = self._work_cpu[order]
-        magazine = self.rcaches._depot_excess(order, self.online_cpus, cpu)
-        if not magazine:
-            return False
-        self._drain(magazine, cpu)
-        self.rcaches.pool._release(magazine)
-        self._schedule_depot_work(order, cpu)
-        return True
-
-    def close(self) -> None:
-        """Stop the depots' delayed work (``put_iova_domain``): no timer is left on the clock."""
-        for order in range(IOVA_RANGE_CACHE_MAX_SIZE):
-            self._disarm(order)
 
     # What a replay needs -----------------------------------------------------------------------------------------
 
@@ -322,175 +237,77 @@ class IovaDomain:
 
     # Arguments ---------------------------------------------------------------------------------------------------
 
-    def _on_cpu(self, cpu: SupportsIndex) -> int:
-        cpu = within("cpu", cpu, 0, self.cpus - 1)
-        if not self._online[cpu]:
-            raise MisuseError(f"cpu={cpu}: is off line")
-        return cpu
+    def _cpu(self, cpu: SupportsIndex) -> cython.int:
+        """``cpu`` checked to be there and on line."""
+        at: cython.longlong = exact(cpu)
+        if 0 <= at < self.cpus and self._online[at]:
+            return at
+        return self._on_cpu(cpu)
 
-    def _allocated(self, pfn: SupportsIndex) -> int:
-        pfn = within("pfn", pfn, 1, self.highest_pfn)
-        if self.search.tree._find(pfn) == IOVA_NIL:
-            raise MisuseError(f"pfn={pfn:#x}: no range is allocated there")
-        return pfn
+    def _pfn(self, name: str, value: SupportsIndex, low: cython.longlong) -> cython.ulonglong:
+        """``value``, a pfn or a number of granules, checked to lie between ``low`` and the highest pfn."""
+        got: cython.longlong = exact(value)
+        highest: cython.longlong = self.highest_pfn
+        if low <= got <= highest:
+            return got
+        return within(name, value, low, self.highest_pfn)
+
+    def _allocated(self, pfn: SupportsIndex) -> cython.ulonglong:
+        """``pfn`` checked to lie in a range that is allocated."""
+        at: cython.ulonglong = self._pfn("pfn", pfn, 1)
+        if self.search.tree._find(at) == IOVA_NIL:
+            raise MisuseError(f"pfn={at:#x}: no range is allocated there")
+        return at
 
     def _sizes(self, sizes: object) -> memoryview[int]:
-        flat = words("sizes", sizes)
-        bad = self._first_bad_size(flat)
+        flat, highest = words("sizes", sizes), self.highest_pfn
+        bad = next((i for i, size in enumerate(flat) if not 0 < size <= highest), -1)
         if bad >= 0:
-            within(f"sizes[{bad}]", flat[bad], 1, self.highest_pfn)
+            within(f"sizes[{bad}]", flat[bad], 1, highest)
         return flat
 
-    def _disarm(self, order: int) -> None:
-        """Take a depot's delayed work off the clock, if it is there."""
-        timer = self._work[order]
-        if self.clock is not None and timer is not None:
-            self.clock.cancel(timer)
-        self._work[order] = None
+    def _alloc_words(
+        self, cpu: cython.int, sizes: Any, limit_pfn: cython.ulonglong, flush: cython.bint, pfns: Any
+    ) -> cython.longlong:
+        """A batch over two buffers: the successes. Compiled, -1 when something about the buffers is unusual."""
+        if cython.compiled:
+            done: cython.longlong = -1
+            wanted = cython.declare(Words)
+            found = cython.declare(Words)
+            if not borrow(cython.address(wanted), sizes, False):
+                return -1
+            if borrow(cython.address(found), pfns, True):
+                if wanted.n == found.n and self._all_sizes(wanted.at, wanted.n):
+                    with cython.nogil:
+                        done = self._alloc_many(cpu, wanted.at, wanted.n, limit_pfn, flush, found.at)
+                give_back(cython.address(found))
+            give_back(cython.address(wanted))
+            return done
+        return self._alloc_many(cpu, sizes, len(sizes), limit_pfn, flush, pfns)
 
-    def _depot_timeout(self, order: int) -> None:
-        self.depot_work(order)
-
-    # Internals ---------------------------------------------------------------------------------------------------
-
-    def _alloc_fast(
-        self, cpu: cython.int, size: cython.ulonglong, limit_pfn: cython.ulonglong, flush_rcache: cython.bint
-    ) -> cython.ulonglong:
-        """First pfn, or 0."""
-        one: cython.ulonglong = 1
-        order: cython.int = ceil_log2(size)
-        length: cython.ulonglong = one << order if order < IOVA_RANGE_CACHE_MAX_SIZE else size
-        pfn: cython.ulonglong = 0
-        if order < IOVA_RANGE_CACHE_MAX_SIZE and length <= limit_pfn:
-            pfn = self.rcaches._get(cpu, order, limit_pfn + 1 - length)
-        if pfn == 0:
-            pfn = self._alloc(cpu, length, limit_pfn)
-            if pfn == 0 and flush_rcache:
-                self._flush_rcaches(cpu)
-                pfn = self._alloc(cpu, length, limit_pfn)
-            self.ledger.counts[L_IOVA_TREE if pfn else L_IOVA_FAILED] += 1
-        if self._recording:
-            self._emit_alloc(size, limit_pfn, pfn)
-        return pfn
-
-    def _alloc(self, cpu: cython.int, size: cython.ulonglong, limit_pfn: cython.ulonglong) -> cython.ulonglong:
-        """``alloc_iova``: search the tree once, size-aligned; first pfn, or 0. Does not count the path."""
-        if self.fail._hit():
-            return 0
-        before: cython.longlong = self.search.tree.visited
-        self.ledger._lock(L_LOCK_RBTREE, cpu)
-        pfn: cython.ulonglong = self.search._alloc(size, limit_pfn + 1)
-        self.ledger.counts[L_TREE_NODES] += self.search.tree.visited - before
-        return pfn
-
-    def _free_fast(self, cpu: cython.int, pfn: cython.ulonglong, size: cython.ulonglong) -> cython.void:
-        """Into a magazine of ``cpu``, or the whole node out of the tree."""
-        order: cython.int = ceil_log2(size)
-        done: cython.int = 0
-        if self._recording:
-            self._emit_free(pfn, size)
-        if order < IOVA_RANGE_CACHE_MAX_SIZE:
-            done = self.rcaches._put(cpu, order, pfn)
-            if done == 2:
-                self._schedule_depot_work(order, cpu)
-        if done == 0:
-            self._free(cpu, pfn)
-
-    def _free(self, cpu: cython.int, pfn: cython.ulonglong) -> cython.bint:
-        """Remove the node that holds ``pfn``; false when there is none."""
-        self.ledger._lock(L_LOCK_RBTREE, cpu)
-        node: cython.int = self.search.tree._find(pfn)
-        if node <= IOVA_ANCHOR:
-            return False
-        self.search._remove(node)
-        self.ledger.counts[L_IOVA_FREE_TREE] += 1
+    def _free_words(self, cpu: cython.int, pfns: Any, sizes: Any) -> cython.bint:
+        """A batch over two buffers. Compiled, false when something about the buffers is unusual."""
+        if cython.compiled:
+            done: cython.bint = False
+            ranges = cython.declare(Words)
+            spans = cython.declare(Words)
+            if not borrow(cython.address(ranges), pfns, False):
+                return False
+            if borrow(cython.address(spans), sizes, False):
+                if ranges.n == spans.n and self._all_sizes(spans.at, spans.n):
+                    done = True
+                    with cython.nogil:
+                        self._free_many(cpu, ranges.at, spans.at, ranges.n)
+                give_back(cython.address(spans))
+            give_back(cython.address(ranges))
+            return done
+        self._free_many(cpu, pfns, sizes, len(sizes))
         return True
 
-    def _reserve(self, lo: cython.ulonglong, hi: cython.ulonglong) -> cython.int:
-        """0, or -ENOMEM."""
-        self.ledger._lock(L_LOCK_RBTREE, 0)
-        first: cython.ulonglong = self.search._cover(lo, hi)
-        if first > hi:
-            return 0
-        if self.fail._hit() or self.search.tree._insert_before(self.search.above, first, hi) == IOVA_NIL:
-            return -ENOMEM
-        return 0
-
-    def _drain(self, magazine: cython.int, cpu: cython.int) -> cython.void:
-        """Remove from the tree every range of a magazine, and empty it."""
-        base: cython.int = magazine * IOVA_MAG_STRIDE
-        i: cython.int
-        node: cython.int
-        self.ledger._lock(L_LOCK_RBTREE, cpu)
-        for i in range(self.rcaches.pool.size[magazine]):
-            node = self.search.tree._find(self.rcaches.pool.pfns[base + i])
-            if node != IOVA_NIL:
-                self.search._remove(node)
-        self.rcaches.pool.size[magazine] = 0
-
-    def _drain_cpu(self, owner: cython.int, cpu: cython.int) -> cython.void:
-        """Drain all magazines of CPU ``owner`` (the locks are taken by ``cpu``)."""
-        slot: cython.int
-        for slot in range(owner * IOVA_RANGE_CACHE_MAX_SIZE, (owner + 1) * IOVA_RANGE_CACHE_MAX_SIZE):
-            self._drain(self.rcaches.loaded[slot], cpu)
-            self._drain(self.rcaches.prev[slot], cpu)
-
-    def _flush_rcaches(self, cpu: cython.int) -> cython.void:
-        """Drain the magazines of every CPU on line, then all depots."""
-        other: cython.int
-        order: cython.int
-        magazine: cython.int
-        self.ledger.counts[L_RCACHE_FLUSHES] += 1
-        for other in range(self.cpus):
-            if self._online[other]:
-                self._drain_cpu(other, cpu)
-        for order in range(IOVA_RANGE_CACHE_MAX_SIZE):
-            self.ledger._lock(L_LOCK_DEPOT, cpu)
-            while self.rcaches.depot[order] != 0:
-                magazine = self.rcaches._depot_pop(order)
-                self._drain(magazine, cpu)
-                self.rcaches.pool._release(magazine)
-
-    def _schedule_depot_work(self, order: cython.int, cpu: cython.int) -> cython.void:
-        """Arm the delayed work of a depot, unless it is armed or there is no clock."""
-        if self.clock is not None and self._work[order] is None:
-            self._work_cpu[order] = cpu
-            self._work[order] = self.clock.call_later(self.depot_delay_ns, partial(self._depot_timeout, order))
-
-    def _emit_alloc(self, size: cython.ulonglong, limit: cython.ulonglong, pfn: cython.ulonglong) -> cython.void:
-        self._events.append(("af_out", size, limit, pfn))
-
-    def _emit_free(self, pfn: cython.ulonglong, size: cython.ulonglong) -> cython.void:
-        self._events.append(("ff_in", pfn, size))
-
-    def _first_bad_size(self, sizes: memoryview[int]) -> cython.Py_ssize_t:
-        """Index of the first size that is 0 or larger than the space, or -1."""
+    def _all_sizes(self, sizes: cython.p_ulonglong, n: cython.Py_ssize_t) -> cython.bint:
+        """Whether each of ``n`` sizes lies between 1 and the highest pfn."""
         i: cython.Py_ssize_t
-        for i in range(len(sizes)):
+        for i in range(n):  # noqa: SIM110 (a generator is no C loop)
             if sizes[i] == 0 or sizes[i] > self.highest_pfn:
-                return i
-        return -1
-
-    def _alloc_many(
-        self,
-        cpu: cython.int,
-        sizes: memoryview[int],
-        limit_pfn: cython.ulonglong,
-        flush_rcache: cython.bint,
-        pfns: memoryview[int],
-    ) -> cython.longlong:
-        """``_alloc_fast`` for each size; the number of successes."""
-        i: cython.Py_ssize_t
-        done: cython.longlong = 0
-        for i in range(len(sizes)):
-            pfns[i] = self._alloc_fast(cpu, sizes[i], limit_pfn, flush_rcache)
-            if pfns[i] != 0:
-                done += 1
-        return done  # noqa: RET504 (it takes the GIL)
-
-    def _free_many(self, cpu: cython.int, pfns: memoryview[int], sizes: memoryview[int]) -> cython.void:
-        """``_free_fast`` for each pair."""
-        i: cython.Py_ssize_t
-        for i in range(len(pfns)):
-            if pfns[i] != 0:
-                self._free_fast(cpu, pfns[i], sizes[i])
+                return False
+        return True

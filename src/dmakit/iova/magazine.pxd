@@ -14,3 +14,9 @@ cdef class MagazinePool:
     cdef void _release(self, int magazine) noexcept nogil
     cdef void _push(self, int magazine, unsigned long long pfn) noexcept nogil
     cdef unsigned long long _pop(self, int magazine, unsigned long long highest) noexcept nogil
+    cdef Py_ssize_t _pop_run(
+        self, int magazine, unsigned long long highest, unsigned long long* pfns, Py_ssize_t first, Py_ssize_t end
+    ) noexcept nogil
+    cdef Py_ssize_t _push_run(
+        self, int magazine, unsigned long long* pfns, Py_ssize_t first, Py_ssize_t end
+    ) noexcept nogil

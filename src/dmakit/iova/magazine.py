@@ -16,10 +16,10 @@ import cython
 from dmakit.iova.arrays import widened, zeroed
 
 if cython.compiled:
-    from cython.cimports.dmakit.consts import IOVA_MAG_STRIDE
+    from cython.cimports.dmakit.consts import IOVA_MAG_SIZE, IOVA_MAG_STRIDE
     from cython.cimports.dmakit.failpoint import FailPoint
 else:
-    from dmakit.consts import IOVA_MAG_STRIDE
+    from dmakit.consts import IOVA_MAG_SIZE, IOVA_MAG_STRIDE
     from dmakit.failpoint import FailPoint
 
 
@@ -121,3 +121,38 @@ class MagazinePool:
                 return pfn
             at -= 1
         return 0
+
+    def _pop_run(
+        self,
+        magazine: cython.int,
+        highest: cython.ulonglong,
+        pfns: cython.p_ulonglong,
+        first: cython.Py_ssize_t,
+        end: cython.Py_ssize_t,
+    ) -> cython.Py_ssize_t:
+        """Pop from the top into ``pfns[first:end]`` until one is above ``highest`` or none is left: how many."""
+        base: cython.Py_ssize_t = magazine * IOVA_MAG_STRIDE
+        at: cython.Py_ssize_t = base + self.size[magazine]
+        i: cython.Py_ssize_t = first
+        stack: cython.p_ulonglong = cython.address(self.pfns[0]) if cython.compiled else self.pfns
+        while i < end and at > base and stack[at - 1] <= highest:
+            at -= 1
+            pfns[i] = stack[at]
+            i += 1
+        self.size[magazine] = at - base
+        return i - first
+
+    def _push_run(
+        self, magazine: cython.int, pfns: cython.p_ulonglong, first: cython.Py_ssize_t, end: cython.Py_ssize_t
+    ) -> cython.Py_ssize_t:
+        """Push ``pfns[first:end]`` until the magazine is full: how many."""
+        at: cython.Py_ssize_t = magazine * IOVA_MAG_STRIDE + self.size[magazine]
+        count: cython.Py_ssize_t = IOVA_MAG_SIZE - self.size[magazine]
+        i: cython.Py_ssize_t
+        stack: cython.p_ulonglong = cython.address(self.pfns[0]) if cython.compiled else self.pfns
+        if count > end - first:
+            count = end - first
+        for i in range(count):
+            stack[at + i] = pfns[first + i]
+        self.size[magazine] += count
+        return count

@@ -12,5 +12,17 @@ cdef class IovaRcaches:
     cdef readonly int[::1] depot_size
     cdef unsigned long long _get(self, int cpu, int order, unsigned long long highest) noexcept nogil
     cdef int _put(self, int cpu, int order, unsigned long long pfn) noexcept nogil
+    cdef Py_ssize_t _get_run(
+        self,
+        int cpu,
+        int order,
+        unsigned long long highest,
+        unsigned long long* pfns,
+        Py_ssize_t first,
+        Py_ssize_t end,
+    ) noexcept nogil
+    cdef Py_ssize_t _put_run(
+        self, int cpu, int order, unsigned long long* pfns, Py_ssize_t first, Py_ssize_t end
+    ) noexcept nogil
     cdef int _depot_pop(self, int order) noexcept nogil
     cdef int _depot_excess(self, int order, int online, int cpu) noexcept nogil

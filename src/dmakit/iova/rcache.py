@@ -157,6 +157,35 @@ class IovaRcaches:
         self.ledger.counts[L_IOVA_FREE_MAGAZINE] += 1
         return answer
 
+    def _get_run(
+        self,
+        cpu: cython.int,
+        order: cython.int,
+        highest: cython.ulonglong,
+        pfns: cython.p_ulonglong,
+        first: cython.Py_ssize_t,
+        end: cython.Py_ssize_t,
+    ) -> cython.Py_ssize_t:
+        """Pop from the loaded magazine into ``pfns[first:end]`` while it lasts and is low enough: how many."""
+        magazine: cython.int = self.loaded[cpu * IOVA_RANGE_CACHE_MAX_SIZE + order]
+        taken: cython.Py_ssize_t = self.pool._pop_run(magazine, highest, pfns, first, end)
+        self.ledger.counts[L_IOVA_MAGAZINE] += taken
+        return taken
+
+    def _put_run(
+        self,
+        cpu: cython.int,
+        order: cython.int,
+        pfns: cython.p_ulonglong,
+        first: cython.Py_ssize_t,
+        end: cython.Py_ssize_t,
+    ) -> cython.Py_ssize_t:
+        """Push ``pfns[first:end]`` on the loaded magazine until it is full: how many."""
+        magazine: cython.int = self.loaded[cpu * IOVA_RANGE_CACHE_MAX_SIZE + order]
+        put: cython.Py_ssize_t = self.pool._push_run(magazine, pfns, first, end)
+        self.ledger.counts[L_IOVA_FREE_MAGAZINE] += put
+        return put
+
     def _depot_pop(self, order: cython.int) -> cython.int:
         """The top magazine of a depot that is not empty; the caller counted the lock."""
         magazine: cython.int = self.depot[order]
