@@ -76,7 +76,7 @@ MUTATIONS = (
     ),
     Mutation(
         "small-sizes-not-rounded",
-        "src/dmakit/iova/domain.py",
+        "src/dmakit/iova/allocator.py",
         "one << order if order < IOVA_RANGE_CACHE_MAX_SIZE else size",
         "size",
         GOLDEN,
@@ -97,7 +97,7 @@ MUTATIONS = (
     ),
     Mutation(
         "drains-only-one-cpu",
-        "src/dmakit/iova/domain.py",
+        "src/dmakit/iova/allocator.py",
         "if self._online[other]:\n                self._drain_cpu(other, cpu)",
         "if other == cpu:\n                self._drain_cpu(other, cpu)",
         DOMAIN,
