@@ -116,7 +116,7 @@ class Trace:
         """CPUs on line: from the header, otherwise the highest CPU seen plus one."""
         if self.header is not None:
             return self.header[2]
-        seen = [int(table.cpu.max()) for table in self.tables.values() if len(table)]
+        seen = [int(np.max(table.cpu)) for table in self.tables.values() if len(table)]
         return max(seen, default=0) + 1
 
     @property
