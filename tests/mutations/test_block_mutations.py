@@ -67,8 +67,8 @@ MUTATIONS = (
     Mutation(
         "chain-loses-the-moved-entry",
         "src/dmakit/nvme/prp.py",
-        "block.words[0] = self.words[self.slot - 1]",
-        "block.words[0] = self.words[self.slot - 2]",
+        "block.words[0] = self.block.words[self.slot - 1]",
+        "block.words[0] = self.block.words[self.slot - 2]",
         PRP,
     ),
     Mutation(

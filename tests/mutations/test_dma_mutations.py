@@ -12,21 +12,21 @@ TWO_STEP = ("tests/dma/test_two_step_features.py",)
 STREAMING = ("tests/dma/test_streaming.py",)
 SCATTER = ("tests/dma/test_scatter.py",)
 SWEEP = ("tests/dma/test_fail_nth.py",)
-STATE = "src/dmakit/dma/iova_state.py"
+STATE = "src/dmakit/dma/window.py"
 
 MUTATIONS = (
     Mutation(
         "tail-is-not-bounced",
         STATE,
-        "tail: cython.ulonglong = (phys + size) & core.granule_mask",
+        "tail: cython.ulonglong = (phys + size) & self.core.granule_mask",
         "tail: cython.ulonglong = 0",
         TWO_STEP,
     ),
     Mutation(
         "head-takes-a-whole-granule",
         STATE,
-        "done = min(size, core.granule_mask + 1 - pad)",
-        "done = min(size, core.granule_mask + 1)",
+        "done = min(size, self.core.granule_mask + 1 - pad)",
+        "done = min(size, self.core.granule_mask + 1)",
         TWO_STEP,
     ),
     Mutation(
@@ -42,22 +42,22 @@ MUTATIONS = (
     Mutation(
         "unlink-waits-for-the-queue",
         STATE,
-        "queued: cython.bint = free_iova and core.flush_queue is not None",
-        "queued: cython.bint = core.flush_queue is not None",
+        "queued: cython.bint = free_iova and self.core.flush_queue is not None",
+        "queued: cython.bint = self.core.flush_queue is not None",
         TWO_STEP,
     ),
     Mutation(
         "destroy-frees-what-was-mapped",
         STATE,
-        "if not core.defects & _PARTIAL_DESTROY:",
-        "if core.defects & _PARTIAL_DESTROY:",
+        "if not self.core.defects & _PARTIAL_DESTROY:",
+        "if self.core.defects & _PARTIAL_DESTROY:",
         TWO_STEP,
     ),
     Mutation(
         "failed-bounce-keeps-its-slot",
         STATE,
-        "        if error != 0:\n            core._bounce_out(tlb, size, direction, attrs)",
-        "        if error > 0:\n            core._bounce_out(tlb, size, direction, attrs)",
+        "        if error != 0:\n            self.core._bounce_out(tlb, size, direction, attrs)",
+        "        if error > 0:\n            self.core._bounce_out(tlb, size, direction, attrs)",
         TWO_STEP,
     ),
     Mutation(

@@ -35,16 +35,14 @@ def _link_run(
     cpu: cython.int,
 ) -> cython.Py_ssize_t:
     """How many pieces were linked; when fewer than all, ``state.core.error`` is why."""
-    i: cython.Py_ssize_t = 0
-    error: cython.int
-    while i < len(phys):
-        error = state._link(phys[i], offset, sizes[i], direction, attrs, cpu)
-        if error != 0:
-            state.core.error = error
-            return i
-        offset += sizes[i]
-        i += 1
-    return i
+    if len(phys) == 0:
+        return 0
+    if cython.compiled:
+        with cython.nogil:
+            return state._link_pieces(
+                cython.address(phys[0]), cython.address(sizes[0]), 0, len(phys), offset, direction, attrs, cpu
+            )
+    return state._link_pieces(phys, sizes, 0, len(phys), offset, direction, attrs, cpu)
 
 
 def _map_run(

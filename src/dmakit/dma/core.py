@@ -12,7 +12,8 @@ scatterlists (``scatter``) are written on the few primitives here:
   entries are cleared and worked off after the flush.
 
 Invariants: *why* holds the reason (``reasons.Reason``) and *error* the negative errno of the last failure; both are
-set by the branch that decided. Nothing here raises for an expected failure: 0 is "no address".
+set by the branch that decided. Nothing here raises for an expected failure: 0 is "no address". The primitives run
+without the GIL; what appends events, asks the CPU-cache model or walks bounce pools takes it for itself.
 
 Models ``drivers/iommu/dma-iommu.c`` (iommu_dma_alloc_iova, iommu_dma_free_iova, dev_use_swiotlb,
 iommu_dma_map_swiotlb), ``include/linux/dma-map-ops.h`` (dma_kmalloc_needs_bounce), ``kernel/dma/swiotlb.c``.
@@ -74,21 +75,24 @@ LARGE_LEAF = 1 << 21
 
 _SLOTS_EXHAUSTED = int(Reason.SLOTS_EXHAUSTED)
 _FAILED_MAP_REPORTED_AS_SUCCESS = FAILED_MAP_REPORTED_AS_SUCCESS
-_KMALLOC_MINALIGN = 128  # ARCH_DMA_MINALIGN of arm64: buckets below twice this size may share a cache line
-_CACHE_ALIGNMENT = 64
-
-
-def _kmalloc_bucket(size: int) -> int:
-    """The kmalloc bucket that holds ``size`` bytes (kmalloc_size_roundup), up to 256."""
-    for bucket in (8, 16, 32, 64, 96, 128, 192, 256):
-        if size <= bucket:
-            return bucket
-    return size
-
-
-_UNSAFE_SIZES = bytes(
-    1 if _kmalloc_bucket(size) % _CACHE_ALIGNMENT else 0 for size in range(2 * _KMALLOC_MINALIGN)
-)  # by size: does its bucket share a cache line with a neighbour
+_WARNINGS = (
+    "__iommu_dma_iova_unlink: hole",
+    "__iommu_dma_iova_unlink: unmapped size differs",
+    "dma_iova_try_alloc: size is 0 or uses bit 63",
+    "dma_iova_link: unaligned start at offset > 0",
+    "dma_iova_link: REQUIRE_COHERENT on a bounced state",
+    "__iommu_dma_map: min_align_mask over the granule",
+    "__iommu_dma_unmap: unmapped size differs",
+    "iommu_dma_unmap_phys: nothing is mapped",
+)
+WARN_UNLINK_HOLE = 0
+WARN_UNLINK_SIZE = 1
+WARN_ALLOC_SIZE = 2
+WARN_LINK_START = 3
+WARN_LINK_BOUNCED = 4
+WARN_MAP_ALIGN = 5
+WARN_UNMAP_SIZE = 6
+WARN_UNMAP_NOTHING = 7
 
 
 @cython.cclass
@@ -107,7 +111,7 @@ class MapCore:
         self.ledger = options["ledger"]
         self.fail = options["fail"]
         self.checker = options["checker"]
-        self.events = None
+        self.events: list[tuple[object, ...]] | None = None
         self.gather = options["gather"]
         self.translating = self.domain is not None
         self.identity = options["identity"]
@@ -139,6 +143,19 @@ class MapCore:
         self.why = why
         return 0
 
+    def _warn(self, which: cython.int) -> cython.void:
+        """Append a kernel warning (WARN_*) to the events, when there are any."""
+        if self.events is not None:
+            self.events.append(("warn", _WARNINGS[which]))
+
+    def _note_wider(self, limit: cython.ulonglong) -> cython.void:
+        assert self.events is not None
+        self.events.append(("notice", f"{self.name}: Using {int(limit).bit_length()}-bit DMA addresses"))
+
+    def _note_bounce(self, iova: cython.ulonglong, phys: cython.ulonglong, size: cython.ulonglong) -> cython.void:
+        assert self.events is not None
+        self.events.append(("blink", iova, phys, size))
+
     def _aligned(self, size: cython.ulonglong) -> cython.ulonglong:
         """``size`` rounded up to granules."""
         return (size + self.granule_mask) & ~self.granule_mask
@@ -169,7 +186,7 @@ class MapCore:
         """Whether ``size`` bytes may share a cache line with somebody else's data (dma_kmalloc_needs_bounce)."""
         if self.coherent or not self.kmalloc_bounce or direction == DMA_TO_DEVICE:
             return False
-        return size < 2 * _KMALLOC_MINALIGN and _UNSAFE_SIZES[size] != 0
+        return size <= 32 or 64 < size <= 96  # in kmalloc's buckets that are no multiple of a line: 8, 16, 32, 96
 
     def _may_bounce(self, size: cython.ulonglong, direction: cython.int) -> cython.bint:
         """Whether an unaligned piece of ``size`` bytes must be bounced behind an IOMMU (dev_use_swiotlb)."""
@@ -191,7 +208,7 @@ class MapCore:
                 return pfn << self.granule_shift
             self.prefer_32bit = False
             if self.events is not None:
-                self.events.append(("notice", f"{self.name}: Using {int(limit).bit_length()}-bit DMA addresses"))
+                self._note_wider(limit)
         pfn = self.iovad._alloc_fast(cpu, pages, limit >> self.granule_shift, True)
         return pfn << self.granule_shift
 
@@ -221,7 +238,7 @@ class MapCore:
         """Clean the CPU cache, so that a device that does not snoop sees memory as the CPU left it."""
         self.ledger.counts[L_CACHE_CLEAN_BYTES] += size
         if self.cache is not None:
-            self.cache.clean(phys, size)
+            self._clean_lines(phys, size)
         return 0
 
     def _for_cpu(self, phys: cython.ulonglong, size: cython.ulonglong, direction: cython.int) -> cython.int:
@@ -230,7 +247,15 @@ class MapCore:
             return 0
         self.ledger.counts[L_CACHE_INV_BYTES] += size
         if self.cache is not None:
-            self.cache.invalidate(phys, size)
+            self._drop_lines(phys, size)
+        return 0
+
+    def _clean_lines(self, phys: cython.ulonglong, size: cython.ulonglong) -> cython.int:
+        self.cache.clean(phys, size)
+        return 0
+
+    def _drop_lines(self, phys: cython.ulonglong, size: cython.ulonglong) -> cython.int:
+        self.cache.invalidate(phys, size)
         return 0
 
     # Bounce slots -------------------------------------------------------------------------------------------
@@ -302,8 +327,7 @@ class MapCore:
         while at < end:
             phys = self.domain._iova_to_phys(at)
             if phys == 0:
-                if self.events is not None:
-                    self.events.append(("warn", "__iommu_dma_iova_unlink: hole"))
+                self._warn(WARN_UNLINK_HOLE)
                 break
             length = min(end - at, self.granule_mask + 1 - (at & self.granule_mask))
             self.scratch[used] = phys

@@ -1,11 +1,16 @@
-from dmakit.dma.iova_state cimport IovaState
-from dmakit.dma.scatter cimport Scatter, SgMapping
+from dmakit.dma.scatter cimport SgMapping
+from dmakit.dma.windows cimport Windows
 
-cdef class Device(Scatter):
+cdef long long _ALL_ATTRS
+
+cdef class Device(Windows):
     cdef readonly object port
     cdef readonly object pages
     cdef readonly object low_pages
     cdef readonly object clock
     cdef readonly bint debug
-    cdef readonly list states
     cdef readonly object allocations
+    cdef int way
+    cdef int how
+    cdef int on
+    cdef bint _ordinary(self, object direction, object attrs, object cpu) noexcept

@@ -15,6 +15,8 @@ its bus. Sizes are bytes. Models ``kernel/dma/mapping.c`` and ``include/linux/dm
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import cython
@@ -29,16 +31,19 @@ from dmakit.errors import MisuseError
 from dmakit.swiotlb.bounce import max_mapping_size
 
 if cython.compiled:
-    from cython.cimports.dmakit.dma.iova_state import IovaState
-    from cython.cimports.dmakit.dma.scatter import Scatter, SgMapping
+    from cython.cimports.dmakit.dma.exact import exact
+    from cython.cimports.dmakit.dma.scatter import SgMapping
+    from cython.cimports.dmakit.dma.windows import Windows
 else:
-    from dmakit.dma.iova_state import IovaState
-    from dmakit.dma.scatter import Scatter, SgMapping
+    from dmakit.dma.exact import exact
+    from dmakit.dma.scatter import SgMapping
+    from dmakit.dma.windows import Windows
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 U64 = (1 << 64) - 1
+_ALL_ATTRS = int(reduce(or_, Attrs))
 _RCACHE_RANGE = PAGE_SIZE << 5  # iova_rcache_range(): the largest size that magazines hold
 _DEFAULTS: dict[str, Any] = {
     "domain": None,
@@ -75,7 +80,7 @@ def _checked_mask(name: str, mask: object) -> int:
 
 
 @cython.cclass
-class Device(Scatter):
+class Device(Windows):
     """One device and its mappings; a context manager that checks for leaks at its end.
 
     Options (keywords): ``memory``, ``port`` (how the device reaches memory), ``ledger``, ``clock``; behind an IOMMU
@@ -104,13 +109,12 @@ class Device(Scatter):
             merged["boundary"] = 0xFFFFFFFF if merged["pci"] else U64
         _checked_mask("boundary", merged["boundary"])
         merged["defects"] = defect_bits(options.get("defects", ()))
-        Scatter.__init__(self, name, merged)
+        Windows.__init__(self, name, merged)
         self.port = options["port"]
         self.pages = options.get("pages")
         self.low_pages = options.get("low_pages")
         self.clock = options.get("clock")
         self.debug = bool(options.get("debug", False))
-        self.states: list[IovaState] = []
         self.allocations: set[Any] = set()
 
     # What the driver tells about its device ----------------------------------------------------------------
@@ -138,6 +142,16 @@ class Device(Scatter):
 
     # One piece ---------------------------------------------------------------------------------------------
 
+    def _ordinary(self, direction: object, attrs: object, cpu: object) -> cython.bint:
+        """Whether the three are integers that need no further check; then ``way``, ``how`` and ``on`` hold them."""
+        way: cython.longlong = exact(direction)
+        how: cython.longlong = exact(attrs)
+        on: cython.longlong = exact(cpu)
+        if way < 0 or way >= DMA_NONE or how < 0 or how & ~_ALL_ATTRS or on < 0 or on >= self.ledger.cpus:
+            return False
+        self.way, self.how, self.on = way, how, on
+        return True
+
     def map_phys(
         self,
         phys: SupportsIndex,
@@ -148,6 +162,14 @@ class Device(Scatter):
         cpu: SupportsIndex = 0,
     ) -> int:
         """Map memory for the device; returns the bus address (``dma_map_phys``)."""
+        place: cython.longlong = exact(phys)
+        total: cython.longlong = exact(size)
+        found: cython.ulonglong
+        if place >= 0 and total > 0 and self.checker is None and self._ordinary(direction, attrs, cpu):
+            found = self._map_phys(place, total, self.way, self.how, self.on)
+            if found != 0:
+                return found
+            raise map_error(self, int(place), int(total), int(self.how))
         start, length = checked_range("map_phys", phys, size)
         way, how, on = checked_direction(direction), checked_attrs(attrs), checked_cpu(cpu, self.ledger.cpus)
         if way == DMA_NONE:
@@ -171,6 +193,12 @@ class Device(Scatter):
         cpu: SupportsIndex = 0,
     ) -> None:
         """Undo ``map_phys``, with the same size, direction and attributes (``dma_unmap_phys``)."""
+        place: cython.longlong = exact(addr)
+        total: cython.longlong = exact(size)
+        if place >= 0 and total > 0 and self.checker is None and self._ordinary(direction, attrs, cpu):
+            if self._unmap_phys(place, total, self.way, self.how, self.on) == 0:
+                return
+            raise MisuseError(f"unmap_phys: nothing is mapped at {int(place):#x}", rule="not-mapped")
         start, length = checked_range("unmap_phys", addr, size)
         way, how, on = checked_direction(direction), checked_attrs(attrs), checked_cpu(cpu, self.ledger.cpus)
         if self.checker is not None:
@@ -300,26 +328,7 @@ class Device(Scatter):
             self.checker.syncing_sg(self, sg, for_cpu)
         self._sync_sg(sg, for_cpu)
 
-    # Two steps ---------------------------------------------------------------------------------------------
-
-    def try_alloc(self, phys: SupportsIndex, size: SupportsIndex, *, cpu: SupportsIndex = 0) -> IovaState:
-        """A window of ``size`` bytes of IOVA (``dma_iova_try_alloc``); falsy when the device or the space has none.
-
-        Only phys's offset inside a granule matters (0 for page-aligned users). MisuseError for a size of 0 or one
-        that uses bit 63.
-        """
-        start, length, on = integer(phys), integer(size), checked_cpu(cpu, self.ledger.cpus)
-        if start is None or not 0 <= start <= U64:
-            raise MisuseError(f"try_alloc: phys={phys!r}: must be a 64-bit address")
-        if length is None or (not 0 < length < 1 << 63 and not (self.unchecked and 0 <= length <= U64)):
-            raise MisuseError(f"try_alloc: size={size!r}: must be 1 to 2**63 - 1 bytes (bit 63 is the state's own)")
-        state = IovaState()
-        if state._try_alloc(self, start, length, on) != 0:
-            state._open(self, on)
-            self.states.append(state)
-            if self.checker is not None:
-                self.checker.allocated(self, state)
-        return state
+    # Several ranges -----------------------------------------------------------------------------------------
 
     def map_ranges(
         self,
@@ -335,9 +344,6 @@ class Device(Scatter):
         pieces = [checked_range("map_ranges", phys, size) for phys, size in ranges]
         on = checked_cpu(cpu, self.ledger.cpus)
         return _phys_vec.map_ranges(self, pieces, checked_direction(direction), checked_attrs(attrs), on)
-
-    def _state_closed(self, state: IovaState) -> None:
-        self.states.remove(state)
 
     # Memory that driver and device share -------------------------------------------------------------------
 
@@ -422,6 +428,10 @@ class Device(Scatter):
 
     def iova_to_phys(self, addr: SupportsIndex) -> int:
         """What the device's address ``addr`` leads to by the tables (0 = nothing); the address itself when direct."""
+        place: cython.longlong = exact(addr)
+        if place >= 0 and self.translating:
+            answer: cython.ulonglong = self.domain._iova_to_phys(place)
+            return answer
         start, _ = checked_range("iova_to_phys", addr, 1)
         return int(self.domain._iova_to_phys(start)) if self.translating else start
 

@@ -73,6 +73,15 @@ def map_error(core: Any, phys: int, size: int, attrs: int) -> DmakitError:
     return kind(f"map of {size:#x} bytes at phys {phys:#x}: {text}", errno)
 
 
+def window_error(core: Any, size: int) -> DmakitError:
+    """The exception for a window that cannot be had, where a falsy state is no answer."""
+    errno = -core.error
+    what = f"window of {size:#x} bytes"
+    if core.why == Reason.IOVA_EXHAUSTED:
+        return ExhaustedError(f"{what}: no free IOVA range at or below {core.mask:#x}", consts.ENOMEM)
+    return UnsupportedError(f"{what}: the device has no IOMMU that translates for it", errno)
+
+
 def sg_error(core: Any, count: int, sg: Any) -> DmakitError:
     """The exception for a failed ``map_sg``."""
     errno = -count

@@ -34,7 +34,7 @@ if cython.compiled:
         L_MAP_CALLS,
         L_UNMAP_CALLS,
     )
-    from cython.cimports.dmakit.dma.core import MapCore
+    from cython.cimports.dmakit.dma.core import WARN_MAP_ALIGN, WARN_UNMAP_NOTHING, WARN_UNMAP_SIZE, MapCore
 else:
     from dmakit.consts import (
         ATTR_MMIO,
@@ -51,7 +51,7 @@ else:
         L_MAP_CALLS,
         L_UNMAP_CALLS,
     )
-    from dmakit.dma.core import MapCore
+    from dmakit.dma.core import WARN_MAP_ALIGN, WARN_UNMAP_NOTHING, WARN_UNMAP_SIZE, MapCore
 
 _NO_IOMMU = int(Reason.NO_IOMMU)
 _IDENTITY_DOMAIN = int(Reason.IDENTITY_DOMAIN)
@@ -158,8 +158,7 @@ class Streaming(MapCore):
         iova: cython.ulonglong
         error: cython.int
         if self.min_align_mask > self.granule_mask:
-            if self.events is not None:
-                self.events.append(("warn", "__iommu_dma_map: min_align_mask over the granule"))
+            self._warn(WARN_MAP_ALIGN)
             return self._fail(-EINVAL, _NONE)
         iova = self._alloc_iova(length, self.mask, cpu)
         if iova == 0:
@@ -183,8 +182,8 @@ class Streaming(MapCore):
         queued: cython.bint = self.flush_queue is not None
         self.gather._init()
         self.gather.queued = queued
-        if self.domain._unmap(addr - pad, length, self.gather) != length and self.events is not None:
-            self.events.append(("warn", "__iommu_dma_unmap: unmapped size differs"))
+        if self.domain._unmap(addr - pad, length, self.gather) != length:
+            self._warn(WARN_UNMAP_SIZE)
         if not queued:
             self.domain._flush(self.gather, cpu)
         return self._free_iova(addr - pad, length, queued, cpu)
@@ -201,8 +200,7 @@ class Streaming(MapCore):
         if attrs & (ATTR_MMIO | ATTR_REQUIRE_COHERENT) == 0:
             phys = self.domain._iova_to_phys(addr)
             if phys == 0:
-                if self.events is not None:
-                    self.events.append(("warn", "iommu_dma_unmap_phys: nothing is mapped"))
+                self._warn(WARN_UNMAP_NOTHING)
                 return -EINVAL
             if self._needs_cache_care(attrs):
                 self._for_cpu(phys, size, direction)

@@ -1,4 +1,4 @@
-from dmakit.nvme.pool cimport DescriptorPool
+from dmakit.nvme.pool cimport Block, DescriptorPool
 
 cdef unsigned long long _PAGE
 cdef unsigned long long _LOW
@@ -6,6 +6,8 @@ cdef int _PER_PAGE
 cdef int _PER_SMALL
 cdef unsigned long long _MAX_TOTAL
 cdef int _BAD_OFFSET
+
+cdef void _run(unsigned long long* words, Py_ssize_t count, unsigned long long addr) noexcept nogil
 
 cdef class PrpWriter:
     cdef readonly DescriptorPool small
@@ -16,11 +18,12 @@ cdef class PrpWriter:
     cdef readonly list blocks
     cdef list batch
     cdef readonly int entries
-    cdef unsigned long long[::1] words
+    cdef Block block
     cdef int slot
     cdef int stage
     cdef void _begin(self, unsigned long long total) noexcept
     cdef int _feed(self, unsigned long long addr, unsigned long long length) except 1
+    cdef unsigned long long _pages(self, unsigned long long addr, unsigned long long length) noexcept
     cdef int _open(self) except -1
     cdef int _chain(self) except -1
     cdef Py_ssize_t _batch(self, unsigned long long[::1] addrs, unsigned long long[::1] lengths,

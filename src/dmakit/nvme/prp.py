@@ -49,6 +49,15 @@ def entries_needed(addr: int, size: int) -> int:
     return ((addr & 4095) + size + 4095) >> 12
 
 
+def _run(words: memoryview[int], count: cython.Py_ssize_t, addr: cython.ulonglong) -> cython.void:
+    """``count`` entries: the pages from ``addr`` upwards."""
+    i: cython.Py_ssize_t = 0
+    while i < count:
+        words[i] = addr
+        addr += _PAGE
+        i += 1
+
+
 @cython.cclass
 class PrpWriter:
     """Writes the PRPs of one request at a time into blocks of the two pools."""
@@ -77,6 +86,12 @@ class PrpWriter:
         """
         take: cython.ulonglong
         while length > 0:
+            if self.stage == 2 and addr & _LOW == 0:
+                take = self._pages(addr, length if length < self.left else self.left)
+                addr += take
+                length -= take
+                if length == 0:
+                    break
             take = _PAGE - (addr & _LOW)
             if take > self.left:
                 take = self.left
@@ -92,13 +107,31 @@ class PrpWriter:
                     self._open()
                 elif self.slot == _PER_PAGE:
                     self._chain()
-                self.words[self.slot] = addr
+                self.block.words[self.slot] = addr
                 self.slot += 1
             self.entries += 1
             addr += take
             length -= take
             self.left -= take
         return 0
+
+    def _pages(self, addr: cython.ulonglong, length: cython.ulonglong) -> cython.ulonglong:
+        """Write the whole pages of a range into what is free of the list block; returns their bytes."""
+        count: cython.Py_ssize_t = length >> 12
+        if count > _PER_PAGE - self.slot:
+            count = _PER_PAGE - self.slot
+        if count <= 0:
+            return 0
+        if cython.compiled:
+            _run(cython.address(self.block.words[self.slot]), count, addr)
+        else:
+            _run(self.block.words[self.slot :], count, addr)
+        self.slot += count
+        self.entries += count
+        length = count
+        length <<= 12
+        self.left -= length
+        return length
 
     def _open(self) -> cython.int:
         """Take the first list block; small when everything that is left fits in it."""
@@ -109,7 +142,7 @@ class PrpWriter:
             block = self.large._alloc()
         self.blocks.append(block)
         self.prp2 = block.addr
-        self.words = block.words
+        self.block = block
         self.stage = 2
         return 0
 
@@ -117,9 +150,9 @@ class PrpWriter:
         """Take another list page: the last entry moves there, the link takes its place."""
         block: Block = self.large._alloc()
         self.blocks.append(block)
-        block.words[0] = self.words[self.slot - 1]
-        self.words[self.slot - 1] = block.addr
-        self.words = block.words
+        block.words[0] = self.block.words[self.slot - 1]
+        self.block.words[self.slot - 1] = block.addr
+        self.block = block
         self.slot = 1
         return 0
 
@@ -179,8 +212,7 @@ class PrpWriter:
                     errno.EIO,
                 )
         except DmakitError:
-            for taken in blocks:
-                self.drop(taken)
+            self.drop_batch(blocks)
             raise
         return blocks
 
@@ -214,9 +246,18 @@ class PrpWriter:
 
     def drop(self, blocks: list[Block]) -> None:
         """Give list blocks back to their pools."""
+        block: Block
         for block in blocks:
-            (self.small if block.size == self.small.size else self.large).release(block)
+            if block.size == self.small.size:
+                self.small._free(block)
+            else:
+                self.large._free(block)
         blocks.clear()
+
+    def drop_batch(self, batch: list[list[Block]]) -> None:
+        """Give back every list block of ``build_batch``."""
+        for blocks in batch:
+            self.drop(blocks)
 
 
 @cython.cclass

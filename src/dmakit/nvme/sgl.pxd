@@ -22,7 +22,7 @@ cdef class SglWriter:
     cdef list batch
     cdef readonly int entries
     cdef readonly int room
-    cdef unsigned long long[::1] words
+    cdef Block block
     cdef int _begin(self, int entries, bint coalesced) except -1
     cdef int _feed(self, unsigned long long addr, unsigned long long length) noexcept
     cdef void _finish(self) noexcept

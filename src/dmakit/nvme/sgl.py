@@ -76,7 +76,7 @@ class SglWriter:
         if self.room > 1:
             block = self.small._alloc() if entries <= _PER_SMALL else self.large._alloc()
             self.blocks.append(block)
-            self.words = block.words
+            self.block = block
         return 0
 
     def _feed(self, addr: cython.ulonglong, length: cython.ulonglong) -> cython.int:
@@ -87,8 +87,8 @@ class SglWriter:
             self.low = addr
             self.high = length
         else:
-            self.words[2 * self.entries] = addr
-            self.words[2 * self.entries + 1] = length
+            self.block.words[2 * self.entries] = addr
+            self.block.words[2 * self.entries + 1] = length
         self.entries += 1
         return 0
 
@@ -145,8 +145,7 @@ class SglWriter:
                     f"SGL: request {failed}: it must have 1 to {MAX_ENTRIES} ranges of 1 to 2^32 - 1 bytes", errno.EIO
                 )
         except DmakitError:
-            for taken in blocks:
-                self.drop(taken)
+            self.drop_batch(blocks)
             raise
         return blocks
 
@@ -178,9 +177,18 @@ class SglWriter:
 
     def drop(self, blocks: list[Block]) -> None:
         """Give list blocks back to their pools."""
+        block: Block
         for block in blocks:
-            (self.small if block.size == self.small.size else self.large).release(block)
+            if block.size == self.small.size:
+                self.small._free(block)
+            else:
+                self.large._free(block)
         blocks.clear()
+
+    def drop_batch(self, batch: list[list[Block]]) -> None:
+        """Give back every list block of ``build_batch``."""
+        for blocks in batch:
+            self.drop(blocks)
 
 
 @cython.cclass

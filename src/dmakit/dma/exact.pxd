@@ -1,0 +1,1 @@
+cdef long long exact(object value) noexcept

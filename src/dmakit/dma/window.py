@@ -1,0 +1,413 @@
+"""What a window of IOVAs does: the two-step calls as compiled callers use them, one by one and many pieces at a time.
+
+``IovaWindow`` is ``struct dma_iova_state``, 16 bytes of truth: ``addr`` (the first usable IOVA) and ``size_word`` (the
+bytes asked for, with bit 63 = some piece was bounced). ``dma.iova_state`` tells the rules and is the public face.
+
+Everything here runs without the GIL, returns 0 or −errno and asks no questions: like the kernel's, a destroyed
+window keeps its words and may be opened again.
+
+Linking many pieces (``_link_pieces``): the first piece in each 2 MiB goes the general way, which makes the tables.
+The following ones that are whole granules, less than 2 MiB and over empty entries need nothing but their entries and
+their counts, so they are written straight into the table that the general way left. All others go the general way.
+
+Models ``drivers/iommu/dma-iommu.c`` (dma_iova_*).
+"""
+
+from __future__ import annotations
+
+import cython
+
+from dmakit.dma import defects
+from dmakit.reasons import Reason
+
+if cython.compiled:
+    from cython.cimports.dmakit.consts import (
+        ATTR_MMIO,
+        ATTR_REQUIRE_COHERENT,
+        EINVAL,
+        EIO,
+        EOPNOTSUPP,
+        EPERM,
+        L_DESTROY_CALLS,
+        L_DOMAIN_MAPS,
+        L_LINK_CALLS,
+        L_PTE_SET_1,
+        L_SYNC_CALLS,
+        L_TRY_ALLOC_CALLS,
+        L_UNLINK_CALLS,
+        PAGE_MASK_LOW,
+        PAGE_SHIFT,
+    )
+    from cython.cimports.dmakit.dma.core import (
+        LARGE_LEAF,
+        WARN_ALLOC_SIZE,
+        WARN_LINK_BOUNCED,
+        WARN_LINK_START,
+        WARN_UNLINK_SIZE,
+        MapCore,
+    )
+else:
+    from dmakit.consts import (
+        ATTR_MMIO,
+        ATTR_REQUIRE_COHERENT,
+        EINVAL,
+        EIO,
+        EOPNOTSUPP,
+        EPERM,
+        L_DESTROY_CALLS,
+        L_DOMAIN_MAPS,
+        L_LINK_CALLS,
+        L_PTE_SET_1,
+        L_SYNC_CALLS,
+        L_TRY_ALLOC_CALLS,
+        L_UNLINK_CALLS,
+        PAGE_MASK_LOW,
+        PAGE_SHIFT,
+    )
+    from dmakit.dma.core import (
+        LARGE_LEAF,
+        WARN_ALLOC_SIZE,
+        WARN_LINK_BOUNCED,
+        WARN_LINK_START,
+        WARN_UNLINK_SIZE,
+        MapCore,
+    )
+
+USE_SWIOTLB = 1 << 63
+SIZE_BITS = (1 << 63) - 1
+_NO_BLOCK = (1 << 64) - 1
+_BLOCK_SHIFT = 21  # one table of 4 KiB leaves spans 2 MiB
+_NO_IOMMU = int(Reason.NO_IOMMU)
+_IDENTITY_DOMAIN = int(Reason.IDENTITY_DOMAIN)
+_IOVA_EXHAUSTED = int(Reason.IOVA_EXHAUSTED)
+_NONE = int(Reason.NONE)
+_PARTIAL_DESTROY = defects.PARTIAL_DESTROY
+_ZERO_MIDDLE = defects.ZERO_MIDDLE
+_UNWIND_FROM_ZERO = defects.UNWIND_FROM_ZERO
+_SLOTS_FREED_BEFORE_UNMAP = defects.SLOTS_FREED_BEFORE_UNMAP
+_UNLINK_CUTS_LEAF = defects.UNLINK_CUTS_LEAF
+
+
+@cython.cclass
+class IovaWindow:
+    """One window of IOVAs of the device ``core``."""
+
+    def __init__(self) -> None:
+        self.addr = 0
+        self.size_word = 0
+
+    def _try_alloc(
+        self, core: MapCore, phys: cython.ulonglong, size: cython.ulonglong, cpu: cython.int
+    ) -> cython.ulonglong:
+        """A window for ``size`` bytes that start at phys's offset in a granule; returns ``addr``, 0 when unusable."""
+        self.core = core
+        return self._open_window(phys, size, cpu)
+
+    def _open_window(self, phys: cython.ulonglong, size: cython.ulonglong, cpu: cython.int) -> cython.ulonglong:
+        """``_try_alloc`` for the device of the window before."""
+        pad: cython.ulonglong = phys & self.core.granule_mask
+        iova: cython.ulonglong
+        self.addr = 0
+        self.size_word = 0
+        self.core.ledger.counts[L_TRY_ALLOC_CALLS] += 1
+        if not self.core.translating:
+            return self.core._fail(-EOPNOTSUPP, _IDENTITY_DOMAIN if self.core.identity else _NO_IOMMU)
+        if size == 0 or size >> 63 != 0:
+            self.core._warn(WARN_ALLOC_SIZE)
+            return self.core._fail(-EINVAL, _NONE)
+        iova = self.core._alloc_iova(self.core._aligned(size + pad), self.core.mask, cpu)
+        if iova == 0:
+            return self.core._fail(-EINVAL, _IOVA_EXHAUSTED)
+        self.addr = iova + pad
+        self.size_word = size
+        return self.addr
+
+    def _link(
+        self,
+        phys: cython.ulonglong,
+        offset: cython.ulonglong,
+        size: cython.ulonglong,
+        direction: cython.int,
+        attrs: cython.int,
+        cpu: cython.int,
+    ) -> cython.int:
+        """Link [phys, phys+size) at ``offset``; 0 or −errno, entries only, no sync."""
+        pad: cython.ulonglong = phys & self.core.granule_mask
+        self.core.ledger.counts[L_LINK_CALLS] += 1
+        if pad != 0 and offset != 0:
+            self.core._warn(WARN_LINK_START)
+            return -EIO
+        if attrs & ATTR_REQUIRE_COHERENT:
+            if not self.core.coherent:
+                return -EOPNOTSUPP
+            if self.size_word & USE_SWIOTLB:
+                self.core._warn(WARN_LINK_BOUNCED)
+                return -EOPNOTSUPP
+        if (phys | size) & self.core.granule_mask and self.core._may_bounce(size, direction):
+            if attrs & (ATTR_MMIO | ATTR_REQUIRE_COHERENT):
+                return -EPERM
+            return self._link_bounced(phys, offset, size, direction, attrs, cpu)
+        return self._link_in_place(
+            self.addr + offset - pad, phys - pad, self.core._aligned(size + pad), direction, attrs, cpu
+        )
+
+    def _link_in_place(
+        self,
+        iova: cython.ulonglong,
+        phys: cython.ulonglong,
+        size: cython.ulonglong,
+        direction: cython.int,
+        attrs: cython.int,
+        cpu: cython.int,
+    ) -> cython.int:
+        """Entries for whole granules, with the cache cleaned for a device that does not snoop (__dma_iova_link)."""
+        if self.core._needs_cache_care(attrs):
+            self.core._for_device(phys, size, direction)
+        return self.core._map_entries(iova, phys, size, self.core._prot(direction, attrs), cpu)
+
+    def _link_bounced(
+        self,
+        phys: cython.ulonglong,
+        offset: cython.ulonglong,
+        size: cython.ulonglong,
+        direction: cython.int,
+        attrs: cython.int,
+        cpu: cython.int,
+    ) -> cython.int:
+        """Head and tail of the piece through slots, the granules between in place (iommu_dma_iova_link_swiotlb)."""
+        pad: cython.ulonglong = phys & self.core.granule_mask
+        tail: cython.ulonglong = (phys + size) & self.core.granule_mask
+        done: cython.ulonglong = 0
+        middle: cython.ulonglong
+        error: cython.int
+        if pad != 0:
+            done = min(size, self.core.granule_mask + 1 - pad)
+            error = self._bounce_and_link(self.addr + offset, phys, done, pad, direction, attrs, cpu)
+            if error != 0:
+                return error
+            self.size_word |= USE_SWIOTLB
+            if done == size:
+                return 0
+        middle = size - done - tail
+        error = 0
+        if middle != 0 or self.core.defects & _ZERO_MIDDLE:
+            error = self._link_in_place(self.addr + offset + done, phys + done, middle, direction, attrs, cpu)
+            if error == 0:
+                done += middle
+        if error == 0 and tail != 0:
+            error = self._bounce_and_link(self.addr + offset + done, phys + done, tail, 0, direction, attrs, cpu)
+            if error == 0:
+                self.size_word |= USE_SWIOTLB
+        if error != 0 and done != 0:
+            self._remove(0 if self.core.defects & _UNWIND_FROM_ZERO else offset, done, direction, attrs, False, cpu)
+        return error
+
+    def _bounce_and_link(
+        self,
+        iova: cython.ulonglong,
+        phys: cython.ulonglong,
+        size: cython.ulonglong,
+        pad: cython.ulonglong,
+        direction: cython.int,
+        attrs: cython.int,
+        cpu: cython.int,
+    ) -> cython.int:
+        """Copy the piece into a slot and link the slot's granule; −ENXIO when the slot lost the offset ``pad``."""
+        tlb: cython.ulonglong
+        error: cython.int
+        if self.core.events is not None:
+            self.core._note_bounce(iova, phys, size)
+        tlb = self.core._bounce_in(phys, size, self.core.granule_mask, direction, attrs, cpu)
+        if tlb == 0:
+            return self.core.error
+        error = self._link_in_place(iova - pad, tlb - pad, self.core._aligned(size + pad), direction, attrs, cpu)
+        if error != 0:
+            self.core._bounce_out(tlb, size, direction, attrs)
+        return error
+
+    def _sync(self, offset: cython.ulonglong, size: cython.ulonglong, cpu: cython.int) -> cython.int:
+        """Make the entries of [offset, offset+size) known to the hardware; 0 or −errno."""
+        iova: cython.ulonglong = self.addr + offset
+        pad: cython.ulonglong = iova & self.core.granule_mask
+        self.core.ledger.counts[L_SYNC_CALLS] += 1
+        error: cython.int = self.core.domain._sync_map(iova - pad, self.core._aligned(size + pad), cpu)
+        return error
+
+    def _unlink(
+        self,
+        offset: cython.ulonglong,
+        size: cython.ulonglong,
+        direction: cython.int,
+        attrs: cython.int,
+        cpu: cython.int,
+    ) -> cython.int:
+        """Clear the entries of [offset, offset+size) and flush; −EINVAL, nothing changed, when it cuts a large leaf."""
+        self.core.ledger.counts[L_UNLINK_CALLS] += 1
+        return self._remove(offset, size, direction, attrs, False, cpu)
+
+    def _remove(
+        self,
+        offset: cython.ulonglong,
+        size: cython.ulonglong,
+        direction: cython.int,
+        attrs: cython.int,
+        free_iova: cython.bint,
+        cpu: cython.int,
+    ) -> cython.int:
+        """Unlink a range and, with ``free_iova``, give the window back (__iommu_dma_iova_unlink)."""
+        addr: cython.ulonglong = self.addr + offset
+        pad: cython.ulonglong = addr & self.core.granule_mask
+        length: cython.ulonglong = self.core._aligned(size + pad)
+        slow: cython.bint = (self.size_word & USE_SWIOTLB) != 0 or self.core._needs_cache_care(attrs)
+        slots_first: cython.bint = (self.core.defects & _SLOTS_FREED_BEFORE_UNMAP) != 0
+        queued: cython.bint = free_iova and self.core.flush_queue is not None
+        if self.size_word & USE_SWIOTLB and not slots_first:
+            queued = False  # a slot may be released only when the device cannot reach it any more
+        if (
+            self.size_word & SIZE_BITS >= LARGE_LEAF
+            and not self.core.defects & _UNLINK_CUTS_LEAF
+            and self.core._cuts_leaf(addr - pad, addr - pad + length)
+        ):
+            return -EINVAL
+        if slow:
+            self.core._remember(addr, size)
+            if slots_first:
+                self.core._release_remembered(direction, attrs)
+        self.core.gather._init()
+        self.core.gather.queued = queued
+        if self.core.domain._unmap(addr - pad, length, self.core.gather) != length:
+            self.core._warn(WARN_UNLINK_SIZE)
+        if not queued:
+            self.core.domain._flush(self.core.gather, cpu)
+        if slow:
+            self.core._release_remembered(direction, attrs)
+        if free_iova:
+            if not self.core.defects & _PARTIAL_DESTROY:
+                length = self.core._aligned((self.size_word & SIZE_BITS) + pad)
+            self.core._free_iova(addr - pad, length, queued, cpu)
+        return 0
+
+    def _destroy(
+        self, mapped_len: cython.ulonglong, direction: cython.int, attrs: cython.int, cpu: cython.int
+    ) -> cython.int:
+        """Unlink [0, mapped_len) and free the window; −EINVAL, nothing changed, when mapped_len cuts a large leaf."""
+        if mapped_len == 0:
+            return self._free(cpu)
+        self.core.ledger.counts[L_DESTROY_CALLS] += 1
+        return self._remove(0, mapped_len, direction, attrs, True, cpu)
+
+    def _free(self, cpu: cython.int) -> cython.int:
+        """Give the window back at once, whatever is linked (never through the flush queue)."""
+        pad: cython.ulonglong = self.addr & self.core.granule_mask
+        self.core.ledger.counts[L_DESTROY_CALLS] += 1
+        return self.core._free_iova(self.addr - pad, self.core._aligned((self.size_word & SIZE_BITS) + pad), False, cpu)
+
+    # Many pieces at a time ----------------------------------------------------------------------------------
+
+    def _link_pieces(
+        self,
+        phys: memoryview[int],
+        sizes: memoryview[int],
+        first: cython.Py_ssize_t,
+        end: cython.Py_ssize_t,
+        offset: cython.ulonglong,
+        direction: cython.int,
+        attrs: cython.int,
+        cpu: cython.int,
+    ) -> cython.Py_ssize_t:
+        """``_link`` for the pieces ``first`` to ``end`` − 1, one behind the other from ``offset``; no sync.
+
+        Returns the piece that failed (``core.error`` is why, the ones before it are linked), or ``end``."""
+        i: cython.Py_ssize_t = first
+        error: cython.int
+        block: cython.ulonglong = _NO_BLOCK
+        iova: cython.ulonglong
+        table: cython.ulonglong = 0
+        plain: cython.bint = self._plain(attrs)
+        while i < end:
+            iova = self.addr + offset
+            if iova >> _BLOCK_SHIFT != block:
+                error = self._link(phys[i], offset, sizes[i], direction, attrs, cpu)
+                if error != 0:
+                    self.core.error = error
+                    return i
+                offset += sizes[i]
+                i += 1
+                if plain:
+                    table = self._table_of(iova)
+                    block = iova >> _BLOCK_SHIFT if table != 0 else _NO_BLOCK
+                continue
+            done: cython.Py_ssize_t = self._fill_pieces(
+                self.core.memory.words, phys, sizes, i, end, iova, table, self.core._prot(direction, attrs)
+            )
+            if done == i:
+                block = _NO_BLOCK
+            while i < done:
+                offset += sizes[i]
+                i += 1
+        return end
+
+    def _plain(self, attrs: cython.int) -> cython.bint:
+        """Whether linking a whole granule means its entry and nothing else: no events, no cache care."""
+        if self.core.events is not None or self.core.domain.events is not None:
+            return False
+        if attrs & ATTR_REQUIRE_COHERENT or self.core._needs_cache_care(attrs):
+            return False
+        return self.core.granule_mask == PAGE_MASK_LOW and self.core.domain.table.coherent_walker
+
+    def _table_of(self, iova: cython.ulonglong) -> cython.ulonglong:
+        """Word index of the table of 4 KiB leaves that translates ``iova``; 0 when it is a larger leaf or none."""
+        leaf: cython.ulonglong = self.core.domain.table._leaf(iova)
+        if leaf & 7 != 1:
+            return 0
+        return (leaf >> 3) & ~511
+
+    def _fill_pieces(
+        self,
+        words: memoryview[int],
+        phys: memoryview[int],
+        sizes: memoryview[int],
+        first: cython.Py_ssize_t,
+        end: cython.Py_ssize_t,
+        iova: cython.ulonglong,
+        table: cython.ulonglong,
+        prot: cython.int,
+    ) -> cython.Py_ssize_t:
+        """Write the entries of pieces from ``first`` on into ``table``; the first that needs the general way."""
+        i: cython.Py_ssize_t = first
+        bits: cython.ulonglong = self.core.domain.table.fmt._leaf_bits(prot)
+        present: cython.ulonglong = self.core.domain.table.fmt.present_bits
+        width: cython.int = self.core.domain.table.fmt.output_bits
+        at: cython.ulonglong = table + ((iova >> PAGE_SHIFT) & 511)
+        stop: cython.ulonglong = table + 512
+        pages: cython.ulonglong = 0
+        entry: cython.ulonglong
+        after: cython.ulonglong
+        while i < end:
+            entry = phys[i]
+            after = at + (sizes[i] >> PAGE_SHIFT)
+            if (
+                (iova | entry | sizes[i]) & PAGE_MASK_LOW
+                or sizes[i] == 0
+                or sizes[i] >> _BLOCK_SHIFT != 0
+                or after > stop
+            ):
+                break
+            if entry >> width != 0 or (entry + sizes[i] - 1) >> width != 0:
+                break
+            probe: cython.ulonglong = at
+            while probe < after and words[probe] & present == 0:
+                probe += 1
+            if probe < after:
+                break
+            entry |= bits
+            pages += after - at
+            while at < after:
+                words[at] = entry
+                entry += PAGE_MASK_LOW + 1
+                at += 1
+            i += 1
+        self.core.ledger.counts[L_LINK_CALLS] += i - first
+        self.core.ledger.counts[L_DOMAIN_MAPS] += i - first
+        self.core.ledger.counts[L_PTE_SET_1] += pages
+        return i
