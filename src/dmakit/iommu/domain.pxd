@@ -19,6 +19,7 @@ cdef class PageTableDomain(FlushTarget):
     cdef readonly bint dirty_tracking
     cdef public object events
     cdef Gather scratch
+    cdef Gather pending
     cdef int last_error
     cdef int _map(self, unsigned long long iova, unsigned long long phys, unsigned long long size, int prot,
                   int cpu=*) noexcept nogil
@@ -36,6 +37,7 @@ cdef class PageTableDomain(FlushTarget):
                                         Gather gather) noexcept
     cdef Py_ssize_t _iova_to_phys_many(self, const unsigned long long[::1] iovas,
                                        unsigned long long[::1] out, Py_ssize_t count) noexcept
+    cdef int _on_cpu(self, object cpu) except? -1
     cdef void _invalidate(self, Gather gather, int cause, int cpu) noexcept nogil
     cdef void _note_map(self, unsigned long long iova, unsigned long long phys, unsigned long long mapped,
                         int prot, int error) noexcept with gil
@@ -43,3 +45,7 @@ cdef class PageTableDomain(FlushTarget):
                           unsigned long long unmapped) noexcept with gil
     cdef void _note_sync(self, unsigned long long iova, unsigned long long size) noexcept with gil
     cdef void _note_flush(self, unsigned long long start, unsigned long long end) noexcept with gil
+
+cdef unsigned long long _word(str name, object value, unsigned long long low, unsigned long long high) except? 1
+cdef unsigned long long _TOP
+cdef int _PROT_TOP

@@ -33,6 +33,7 @@ from dmakit.iova.arguments import within, words
 from dmakit.ledger import ROWS
 
 if cython.compiled:
+    from cython.cimports.cpython.long import PyLong_AsLongLongAndOverflow
     from cython.cimports.dmakit.consts import (
         CAUSE_OTHER,
         CAUSE_TABLE,
@@ -83,6 +84,20 @@ else:
 
 _TOP = (1 << 64) - 1
 _PROT_TOP = 63  # all PROT_* bits
+
+
+@cython.exceptval(1, check=True)
+def _word(name: str, value: object, low: cython.ulonglong, high: cython.ulonglong) -> cython.ulonglong:
+    """``value`` as an integer in [low, high]: an ordinary int at once, anything else by the validator."""
+    if cython.compiled:
+        overflow: cython.int = 0
+        if type(value) is int:
+            number: cython.longlong = PyLong_AsLongLongAndOverflow(value, cython.address(overflow))
+            if number >= 0:
+                word: cython.ulonglong = number
+                if low <= word <= high:
+                    return word
+    return within(name, value, low, high)  # type: ignore[arg-type]
 
 
 def map_error(error: int, iova: int, phys: int, size: int, prot: int, mapped: int, table: PageTable) -> DmakitError:
@@ -146,6 +161,7 @@ class PageTableDomain(FlushTarget):
         self.dirty_tracking = False
         self.events: list[tuple[object, ...]] | None = None
         self.scratch = Gather()
+        self.pending = Gather()
         self.last_error = 0
 
     # public ------------------------------------------------------------------------------------------------------
@@ -156,45 +172,48 @@ class PageTableDomain(FlushTarget):
         phys: SupportsIndex,
         size: SupportsIndex,
         prot: SupportsIndex,
-        *,
         cpu: SupportsIndex = 0,
     ) -> None:
         """Map [iova, iova + size) to phys with PROT_READ and/or PROT_WRITE, without ``sync_map``.
 
         All in bytes, multiples of the granule. When it raises, nothing of the range is mapped that was not before.
         """
-        checked = (within("iova", iova, 0, _TOP), within("phys", phys, 0, _TOP), within("size", size, 0, _TOP))
-        bits = within("prot", prot, 0, _PROT_TOP)
-        error = self._map(checked[0], checked[1], checked[2], bits, self._on_cpu(cpu))
+        start: cython.ulonglong = _word("iova", iova, 0, _TOP)
+        target: cython.ulonglong = _word("phys", phys, 0, _TOP)
+        length: cython.ulonglong = _word("size", size, 0, _TOP)
+        bits: cython.int = _word("prot", prot, 0, _PROT_TOP)
+        error: cython.int = self._map(start, target, length, bits, self._on_cpu(cpu))
         if error != 0:
-            raise map_error(-error, *checked, bits, int(self.scratch.mapped), self.table)
+            raise map_error(-error, start, target, length, bits, int(self.scratch.mapped), self.table)
 
-    def sync_map(self, iova: SupportsIndex, size: SupportsIndex, *, cpu: SupportsIndex = 0) -> None:
+    def sync_map(self, iova: SupportsIndex, size: SupportsIndex, cpu: SupportsIndex = 0) -> None:
         """Tell the unit about new translations of the range (it acts only in caching mode)."""
-        self._sync_map(within("iova", iova, 0, _TOP), within("size", size, 1, _TOP), self._on_cpu(cpu))
+        self._sync_map(_word("iova", iova, 0, _TOP), _word("size", size, 1, _TOP), self._on_cpu(cpu))
 
-    def unmap(self, iova: SupportsIndex, size: SupportsIndex, *, cpu: SupportsIndex = 0) -> int:
+    def unmap(self, iova: SupportsIndex, size: SupportsIndex, cpu: SupportsIndex = 0) -> int:
         """Unmap up to the first hole and invalidate at once; the bytes removed (more than asked if a leaf was cut)."""
-        gather = Gather()
-        unmapped = self._unmap(within("iova", iova, 0, _TOP), within("size", size, 0, _TOP), gather)
-        self._flush(gather, self._on_cpu(cpu))
-        return int(unmapped)
+        start: cython.ulonglong = _word("iova", iova, 0, _TOP)
+        length: cython.ulonglong = _word("size", size, 0, _TOP)
+        on: cython.int = self._on_cpu(cpu)
+        unmapped: cython.ulonglong = self._unmap(start, length, self.pending)
+        self._flush(self.pending, on)
+        return unmapped
 
     def unmap_gather(self, iova: SupportsIndex, size: SupportsIndex, gather: Gather) -> int:
         """``unmap`` without the invalidation: it stays in ``gather`` for ``flush``. The bytes removed."""
-        return int(self._unmap(within("iova", iova, 0, _TOP), within("size", size, 0, _TOP), gather))
+        return self._unmap(_word("iova", iova, 0, _TOP), _word("size", size, 0, _TOP), gather)
 
-    def flush(self, gather: Gather, *, cpu: SupportsIndex = 0) -> None:
+    def flush(self, gather: Gather, cpu: SupportsIndex = 0) -> None:
         """Invalidate what ``gather`` holds, free its table pages, and empty it; nothing when it is queued."""
         self._flush(gather, self._on_cpu(cpu))
 
-    def flush_all(self, *, cpu: SupportsIndex = 0) -> None:
+    def flush_all(self, cpu: SupportsIndex = 0) -> None:
         """Invalidate the whole domain."""
         self._flush_all(CAUSE_OTHER, self._on_cpu(cpu))
 
     def iova_to_phys(self, iova: SupportsIndex) -> int:
         """The physical address that ``iova`` translates to, 0 when nothing is mapped there."""
-        return int(self._iova_to_phys(within("iova", iova, 0, _TOP)))
+        return self._iova_to_phys(_word("iova", iova, 0, _TOP))
 
     def map_many(
         self, iovas: object, phys: object, sizes: object, prot: SupportsIndex, *, cpu: SupportsIndex = 0
@@ -265,8 +284,8 @@ class PageTableDomain(FlushTarget):
         self._invalidate(gather, CAUSE_OTHER, self._on_cpu(cpu))
         return found
 
-    def _on_cpu(self, cpu: SupportsIndex) -> int:
-        return within("cpu", cpu, 0, self.ledger.cpus - 1)
+    def _on_cpu(self, cpu: object) -> cython.int:
+        return cython.cast(cython.int, _word("cpu", cpu, 0, self.ledger.cpus - 1))
 
     def _need_dirty(self) -> None:
         if not self.table.fmt.dirty_tracking:
@@ -291,7 +310,6 @@ class PageTableDomain(FlushTarget):
         cpu: cython.int = 0,
     ) -> cython.int:
         """0 or -errno; what a failing map had mapped is unmapped and invalidated."""
-        self.scratch._init()
         self.ledger.counts[L_DOMAIN_MAPS] += 1
         error: cython.int = self.table._map(iova, phys, size, prot, self.scratch)
         mapped: cython.ulonglong = self.scratch.mapped

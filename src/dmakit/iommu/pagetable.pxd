@@ -14,12 +14,19 @@ cdef class PageTable:
     cdef readonly unsigned long long root
     cdef readonly unsigned long long aperture_last
     cdef readonly long long table_pages
+    cdef unsigned long long near_span
+    cdef unsigned long long near_slot
     cdef int _map(self, unsigned long long iova, unsigned long long phys, unsigned long long size, int prot,
                   Gather gather) noexcept nogil
     cdef unsigned long long _unmap(self, unsigned long long iova, unsigned long long size, Gather gather) noexcept nogil
     cdef unsigned long long _leaf(self, unsigned long long iova) noexcept nogil
     cdef unsigned long long _iova_to_phys(self, unsigned long long iova) noexcept nogil
     cdef bint _leaf_across(self, unsigned long long iova) noexcept nogil
+    cdef bint _is_near(self, unsigned long long iova, unsigned long long size) noexcept nogil
+    cdef int _map_near(self, unsigned long long iova, unsigned long long phys, unsigned long long size, int prot,
+                       Gather gather) noexcept nogil
+    cdef int _map_runs(self, unsigned long long iova, unsigned long long phys, unsigned long long size, int prot,
+                       Gather gather) noexcept nogil
     cdef int _check(self, unsigned long long iova, unsigned long long phys, unsigned long long size,
                     int prot) noexcept nogil
     cdef int _best_level(self, unsigned long long congruence, unsigned long long size) noexcept nogil

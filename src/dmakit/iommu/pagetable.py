@@ -43,6 +43,7 @@ if cython.compiled:
         L_PTE_SET_1,
         L_TABLE_FLUSH_BYTES,
         PAGE_SHIFT,
+        PAGE_SIZE,
         PROT_READ,
         PROT_WRITE,
         PT_ENTRIES,
@@ -63,6 +64,7 @@ else:
         L_PTE_SET_1,
         L_TABLE_FLUSH_BYTES,
         PAGE_SHIFT,
+        PAGE_SIZE,
         PROT_READ,
         PROT_WRITE,
         PT_ENTRIES,
@@ -103,6 +105,8 @@ class PageTable:
         self.ledger = tables.ledger
         self.levels = levels
         self.coherent_walker = coherent_walker
+        self.near_span = ALL_ONES
+        self.near_slot = 0
         self.root = tables._new()
         if self.root == 0:
             raise ExhaustedError(f"no page for the root table of {fmt.name}")
@@ -199,9 +203,52 @@ class PageTable:
     ) -> cython.int:
         """Map [iova, iova + size) to phys; 0 or -errno, and in ``gather.mapped`` the bytes that were mapped."""
         gather.mapped = 0
-        error: cython.int = self._check(iova, phys, size, prot)
+        if self._is_near(iova | (phys & (PAGE_SIZE - 1)), size):
+            error: cython.int = self._map_near(iova, phys, size, prot, gather)
+            if error <= 0:
+                return error
+        error = self._check(iova, phys, size, prot)
         if error != 0:
             return error
+        return self._map_runs(iova, phys, size, prot, gather)
+
+    def _is_near(self, iova: cython.ulonglong, size: cython.ulonglong) -> cython.bint:
+        """Whether [iova, iova + size) is whole 4 KiB pages, less than 2 MiB, all in the table that was used last."""
+        return (
+            iova >> (PAGE_SHIFT + PT_INDEX_BITS) == self.near_span
+            and (iova | size) & (PAGE_SIZE - 1) == 0
+            and size != 0
+            and size < PT_ENTRIES << PAGE_SHIFT
+            and (iova & ((PT_ENTRIES << PAGE_SHIFT) - 1)) + size <= PT_ENTRIES << PAGE_SHIFT
+        )
+
+    def _map_near(
+        self,
+        iova: cython.ulonglong,
+        phys: cython.ulonglong,
+        size: cython.ulonglong,
+        prot: cython.int,
+        gather: Gather,
+    ) -> cython.int:
+        """``_map`` of a range that is near: one run, no walk; 1 when an argument breaks a rule of ``_check``."""
+        if prot & (PROT_READ | PROT_WRITE) == 0 or (phys | (phys + (size - 1))) >> self.fmt.output_bits != 0:
+            return 1
+        at: cython.ulonglong = self.near_slot + ((iova >> PAGE_SHIFT) & (PT_ENTRIES - 1))
+        count: cython.ulonglong = size >> PAGE_SHIFT
+        put: cython.ulonglong = self._put(at, count, iova, phys, 1, self.fmt._leaf_bits(prot), gather)
+        gather.mapped = put << PAGE_SHIFT
+        return 0 if put == count else -EADDRINUSE
+
+    def _map_runs(
+        self,
+        iova: cython.ulonglong,
+        phys: cython.ulonglong,
+        size: cython.ulonglong,
+        prot: cython.int,
+        gather: Gather,
+    ) -> cython.int:
+        """``_map`` of checked arguments: leaf size by leaf size, table by table."""
+        error: cython.int
         bits: cython.ulonglong = self.fmt._leaf_bits(prot)
         while gather.mapped < size:
             done: cython.ulonglong = gather.mapped
@@ -278,6 +325,9 @@ class PageTable:
         while True:
             slot: cython.ulonglong = (table >> 3) + ((iova >> level_shift(at_level)) & (PT_ENTRIES - 1))
             if at_level == level:
+                if level == 1:
+                    self.near_span = iova >> (PAGE_SHIFT + PT_INDEX_BITS)
+                    self.near_slot = table >> 3
                 return slot
             entry: cython.ulonglong = self.memory.words[slot]
             if entry & self.fmt.present_bits == 0:
@@ -310,6 +360,8 @@ class PageTable:
     ) -> cython.ulonglong:
         """Write up to ``count`` leaves from slot ``at``; fewer when a leaf is in the way. Empty tables make room."""
         free: cython.ulonglong = 0
+        if count > 1 and self.memory._union(at, count) & self.fmt.present_bits == 0:
+            free = count
         while free < count:
             entry: cython.ulonglong = self.memory.words[at + free]
             if entry & self.fmt.present_bits != 0:
@@ -352,6 +404,7 @@ class PageTable:
             at += 1
         self.tables._defer(table, gather)
         self.table_pages -= 1
+        self.near_span = ALL_ONES
 
     # unmap ---------------------------------------------------------------------------------------------------------
 
@@ -359,7 +412,12 @@ class PageTable:
         """Remove the leaves of [iova, iova + size) up to the first hole; the bytes removed (see the rules above)."""
         if size == 0 or size - 1 > ALL_ONES - iova or iova + (size - 1) > self.aperture_last or self.root == 0:
             return 0
-        removed: cython.ulonglong = self._unmap_in(self.root, self.levels, iova, iova + (size - 1), gather)
+        removed: cython.ulonglong = 0
+        at: cython.ulonglong = self.near_slot + ((iova >> PAGE_SHIFT) & (PT_ENTRIES - 1))
+        if not self._is_near(iova, size):
+            removed = self._unmap_in(self.root, self.levels, iova, iova + (size - 1), gather)
+        elif self.memory.words[at] & self.fmt.present_bits != 0:
+            removed = self._clear_leaves(at, size >> PAGE_SHIFT, 1) << PAGE_SHIFT
         gather._add_range(iova, removed)
         return removed
 
@@ -375,6 +433,9 @@ class PageTable:
         removed: cython.ulonglong = 0
         span: cython.ulonglong = 1
         span <<= level_shift(level)
+        if level == 1:
+            self.near_span = iova >> (PAGE_SHIFT + PT_INDEX_BITS)
+            self.near_slot = table >> 3
         while iova <= last:
             at: cython.ulonglong = (table >> 3) + ((iova >> level_shift(level)) & (PT_ENTRIES - 1))
             entry: cython.ulonglong = self.memory.words[at]
@@ -397,12 +458,17 @@ class PageTable:
                 self._clear_leaves(at, 1, level)
                 self.tables._defer(below, gather)
                 self.table_pages -= 1
+                self.near_span = ALL_ONES
             iova = end + 1
         return removed
 
     def _clear_leaves(self, at: cython.ulonglong, count: cython.ulonglong, level: cython.int) -> cython.ulonglong:
         """Clear the slot ``at`` and the leaves that follow it, ``count`` at most; how many were cleared."""
         done: cython.ulonglong = 1
+        common: cython.ulonglong = self.memory._common(at, count) if count > 1 else 0
+        if common & self.fmt.present_bits != 0 and self.fmt._is_leaf(common, level):
+            done = count
+            self.memory._zero(at << 3, count << 3)
         self.memory.words[at] = 0
         while done < count:
             entry: cython.ulonglong = self.memory.words[at + done]

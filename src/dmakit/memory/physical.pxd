@@ -7,3 +7,12 @@ cdef class PhysicalMemory:
     cdef readonly list regions
     cdef void _copy(self, unsigned long long target, unsigned long long source, unsigned long long size) noexcept nogil
     cdef void _zero(self, unsigned long long phys, unsigned long long size) noexcept nogil
+    cdef void _ascend(self, unsigned long long at, Py_ssize_t count, unsigned long long first,
+                      unsigned long long step) noexcept nogil
+    cdef unsigned long long _union(self, unsigned long long at, Py_ssize_t count) noexcept nogil
+    cdef unsigned long long _common(self, unsigned long long at, Py_ssize_t count) noexcept nogil
+
+cdef void _fill(unsigned long long[::1] words, unsigned long long at, Py_ssize_t count, unsigned long long first,
+                unsigned long long step) noexcept nogil
+cdef unsigned long long _or(unsigned long long[::1] words, unsigned long long at, Py_ssize_t count) noexcept nogil
+cdef unsigned long long _and(unsigned long long[::1] words, unsigned long long at, Py_ssize_t count) noexcept nogil

@@ -18,6 +18,9 @@ from __future__ import annotations
 
 import bisect
 import mmap
+from array import array
+from functools import reduce
+from operator import and_, or_
 from typing import NamedTuple
 
 import cython
@@ -134,3 +137,58 @@ class PhysicalMemory:
             memset(cython.address(self.data[phys]), 0, size)
         else:
             self.data[phys : phys + size] = bytes(size)
+
+    def _ascend(
+        self, at: cython.ulonglong, count: cython.Py_ssize_t, first: cython.ulonglong, step: cython.ulonglong
+    ) -> cython.void:
+        """Write ``count`` words from word index ``at``: ``first``, ``first + step``, …"""
+        _fill(self.words, at, count, first, step)
+
+    def _union(self, at: cython.ulonglong, count: cython.Py_ssize_t) -> cython.ulonglong:
+        """The bits that are set in any of ``count`` words from word index ``at``."""
+        return _or(self.words, at, count)
+
+    def _common(self, at: cython.ulonglong, count: cython.Py_ssize_t) -> cython.ulonglong:
+        """The bits that are set in each of ``count`` words (1 or more) from word index ``at``."""
+        return _and(self.words, at, count)
+
+
+# Runs of words. The array comes as an argument: its address then stays in a register, and the loops become vectors.
+
+
+def _fill(
+    words: memoryview[int],
+    at: cython.ulonglong,
+    count: cython.Py_ssize_t,
+    first: cython.ulonglong,
+    step: cython.ulonglong,
+) -> cython.void:
+    if cython.compiled:
+        i: cython.Py_ssize_t
+        for i in range(count):
+            words[at + i] = first
+            first += step
+    else:
+        words[at : at + count] = memoryview(array("Q", range(first, first + step * count, step)))
+
+
+def _or(words: memoryview[int], at: cython.ulonglong, count: cython.Py_ssize_t) -> cython.ulonglong:
+    found: cython.ulonglong = 0
+    if cython.compiled:
+        i: cython.Py_ssize_t
+        for i in range(count):
+            found |= words[at + i]
+    else:
+        found = reduce(or_, words[at : at + count], 0)
+    return found
+
+
+def _and(words: memoryview[int], at: cython.ulonglong, count: cython.Py_ssize_t) -> cython.ulonglong:
+    found: cython.ulonglong = words[at]
+    if cython.compiled:
+        i: cython.Py_ssize_t
+        for i in range(count):
+            found &= words[at + i]
+    else:
+        found = reduce(and_, words[at : at + count])
+    return found

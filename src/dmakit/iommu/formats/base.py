@@ -121,8 +121,4 @@ class PtFormat:
         entry: cython.ulonglong = phys | bits
         if level > 1:
             entry |= self.large_bit
-        i: cython.ulonglong = 0
-        while i < count:
-            memory.words[at + i] = entry
-            entry += step
-            i += 1
+        memory._ascend(at, count, entry, step)
