@@ -285,7 +285,8 @@ class PageTableDomain(FlushTarget):
         return found
 
     def _on_cpu(self, cpu: object) -> cython.int:
-        return cython.cast(cython.int, _word("cpu", cpu, 0, self.ledger.cpus - 1))
+        number: cython.int = _word("cpu", cpu, 0, self.ledger.cpus - 1)
+        return number
 
     def _need_dirty(self) -> None:
         if not self.table.fmt.dirty_tracking:
