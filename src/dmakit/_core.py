@@ -80,8 +80,10 @@ COMPILED_MODULES = (
     "dmakit.p2p.state",
     "dmakit.swiotlb.bounce",
     "dmakit.swiotlb.pool",
+    "dmakit.trace.operations",
     "dmakit.trace.rows",
     "dmakit.trace.scanner",
+    "dmakit.trace.search",
 )
 
 PACKAGE = Path(__file__).resolve().parent

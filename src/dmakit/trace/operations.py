@@ -20,12 +20,16 @@ in every domain).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import TypeAlias
+
+import cython
 
 from dmakit.trace.columns import Trace
 from dmakit.trace.events import ABSENT
 
+Text: TypeAlias = str
+Cpus: TypeAlias = tuple[int, ...]
 FOREVER = 1 << 62
 _HIGHEST = (1 << 52) - 1  # the highest pfn of 4 KiB granules
 _SLACK = 512  # events within which an operation without a recorded end has taken effect
@@ -33,7 +37,7 @@ KINDS = ("init_in", "res_in", "put_in", "af_in", "af_out", "ai_out", "ff_in", "f
          "magfree_in", "cpufree_in")  # fmt: skip
 
 
-@dataclass(slots=True)
+@cython.cclass
 class Operation:
     """One call on one domain. ``pfn`` of an allocation is the recorded answer (0 = it failed, None = not recorded).
 
@@ -44,23 +48,33 @@ class Operation:
     not recorded. ``line``: of the event that shows the answer.
     """
 
-    kind: str
-    iovad: int
-    begin: int
-    end: int
-    cpus: tuple[int, ...]
-    line: int
-    pid: int = 0
-    size: int = 0
-    limit: int = 0
-    flush: bool = False
-    pfn: int | None = None
-    hi: int = 0
-    searches: list[int] | None = None
-    to_tree: bool | None = None
-    moments: list[int] = field(default_factory=list)
-    drained: list[tuple[int, int, list[int]]] = field(default_factory=list)
-    retry: bool = False
+    def __init__(
+        self,
+        kind: Text,
+        iovad: cython.ulonglong,
+        begin: cython.longlong,
+        end: cython.longlong,
+        cpus: Cpus,
+        line: cython.longlong,
+        pid: cython.longlong = 0,
+    ) -> None:
+        self.kind, self.iovad, self.begin, self.end = kind, iovad, begin, end
+        self.cpus: tuple[int, ...] = cpus
+        self.line, self.pid = line, pid
+        self.size = self.limit = self.hi = 0
+        self.flush = self.retry = False
+        self.pfn: int | None = None
+        self.searches: list[int] | None = None
+        self.to_tree: bool | None = None
+        self.moments: list[int] = []
+        self.drained: list[tuple[int, int, list[int]]] = []
+
+    def part(self, kind: Text, begin: cython.longlong, end: cython.longlong) -> Operation:
+        """A failed search of this allocation as an operation of its own."""
+        twin = Operation(kind, self.iovad, begin, end, self.cpus, self.line, self.pid)
+        twin.size, twin.limit, twin.hi, twin.to_tree = self.size, self.limit, self.hi, self.to_tree
+        twin.pfn, twin.searches, twin.retry = 0, [0], self.retry
+        return twin
 
     @property
     def possible(self) -> bool:
@@ -84,13 +98,6 @@ class Operation:
         if self.kind in ("free", "free_node"):
             return f"line {self.line}: {self.kind} pfn={self.pfn or 0:#x} size={self.size} on {where}"
         return f"line {self.line}: {self.kind} on {where}"
-
-
-@dataclass(slots=True)
-class _Event:
-    seq: int
-    name: str
-    row: int
 
 
 class OperationReader:
@@ -117,26 +124,25 @@ class OperationReader:
             "pid": table.pid.tolist(),
         }
 
-    def _events(self) -> Iterator[tuple[str, dict[str, list[int]], int]]:
-        order = sorted((seq, name, row) for name in KINDS for row, seq in enumerate(self.columns[name][""]))
-        for _, name, row in order:
-            yield name, self.columns[name], row
-
     def read(self) -> list[Operation]:
         """All operations, by ``begin``; lost events are operations of domain 0 (which means every domain)."""
         handlers = {name: getattr(self, f"_{name}") for name in KINDS}
-        for name, column, row in self._events():
+        order = [(seq, name, row) for name in KINDS for row, seq in enumerate(self.columns[name][""])]
+        order.sort()
+        for seq, name, row in order:
+            column = self.columns[name]
             cpu, pid = column["cpu"][row], column["pid"][row]
             task = pid if pid else -1 - cpu
             if task in self.works:
-                self.works.pop(task).end = column[""][row]
+                work: Operation = self.works.pop(task)
+                work.end = seq
             handlers[name](column, row, task, self._new("", column, row, cpu, pid))
-            self.latest[task] = column[""][row]
+            self.latest[task] = seq
         self._close()
         lost = self.trace.lost
         for seq, line, cpu in zip(lost.seq.tolist(), lost.line.tolist(), lost.cpu.tolist(), strict=True):
             self.operations.append(Operation("lost", 0, seq + self.offset, seq + self.offset, (cpu,), line))
-        self.operations.sort(key=lambda operation: operation.begin)
+        self.operations.sort(key=attrgetter("begin"))
         return self.operations
 
     def _close(self) -> None:
@@ -190,9 +196,9 @@ class OperationReader:
         Interrupts and other tasks act between them; ``op`` becomes the retry.
         """
         first, second = op.moments
-        miss = replace(op, kind="miss", end=first, pfn=0, flush=False, searches=[0], moments=[], drained=[])
+        miss = op.part("miss", op.begin, first)
         seqs = [seq for seq, _, _ in op.drained]
-        drain = replace(miss, kind="drain", begin=min(seqs, default=first), end=max(seqs, default=second))
+        drain = op.part("drain", min(seqs, default=first), max(seqs, default=second))
         self.operations += [miss, drain]
         op.begin, op.retry = drain.end, True
 
@@ -246,8 +252,8 @@ class OperationReader:
         top = self._top(task, "alloc", op.iovad)
         if top is not None:
             top.drained.append((op.begin, column["n"][row], pfns))
-        elif self.operations and self.operations[-1].kind == "depot" and self.operations[-1].pid == op.pid:
-            work = self.operations[-1]
+        work = self.operations[len(self.operations) - 1] if self.operations else None
+        if top is None and work is not None and work.kind == "depot" and work.pid == op.pid:
             work.iovad, work.drained = op.iovad, [(op.begin, column["n"][row], pfns)]
             self.works[task] = work
 
@@ -260,9 +266,8 @@ class OperationReader:
 
     def _top(self, task: int, kind: str, iovad: int) -> Operation | None:
         stack = self.stacks.get(task)
-        if stack and stack[-1].kind == kind and stack[-1].iovad == iovad:
-            return stack[-1]
-        return None
+        top: Operation | None = stack[len(stack) - 1] if stack else None
+        return top if top is not None and top.kind == kind and top.iovad == iovad else None
 
     def _pop(self, task: int, kind: str, answer: Operation, size: int, pfn: int | None = None) -> Operation | None:
         """The innermost open call that this return may end; open calls inside it lost their return."""
@@ -279,6 +284,7 @@ class OperationReader:
     @staticmethod
     def _return(found: Operation, answer: Operation) -> None:
         if answer is not found:
-            found.end, found.line = found.moments[-1] if found.moments else answer.begin, answer.line
+            found.end = found.moments[len(found.moments) - 1] if found.moments else answer.begin
+            found.line = answer.line
             if answer.cpus != found.cpus:
                 found.cpus = (*found.cpus, *answer.cpus)

@@ -23,47 +23,61 @@ Models no code: it looks for the order in which the kernel's locks were taken.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
 
-from dmakit.consts import (
-    IOVA_MAG_SIZE,
-    IOVA_RANGE_CACHE_MAX_SIZE,
-    L_IOVA_DEPOT,
-    L_IOVA_MAGAZINE,
-)
-from dmakit.errors import ExhaustedError
-from dmakit.iova.domain import IovaDomain
-from dmakit.trace.operations import Operation
+import cython
+
+if cython.compiled:
+    from cython.cimports.dmakit.consts import (
+        IOVA_MAG_SIZE,
+        IOVA_NIL,
+        IOVA_RANGE_CACHE_MAX_SIZE,
+        L_IOVA_DEPOT,
+        L_IOVA_MAGAZINE,
+    )
+    from cython.cimports.dmakit.iova.bits import ceil_log2
+    from cython.cimports.dmakit.iova.domain import IovaDomain
+    from cython.cimports.dmakit.trace.operations import Operation
+else:
+    from dmakit.consts import (
+        IOVA_MAG_SIZE,
+        IOVA_NIL,
+        IOVA_RANGE_CACHE_MAX_SIZE,
+        L_IOVA_DEPOT,
+        L_IOVA_MAGAZINE,
+    )
+    from dmakit.iova.bits import ceil_log2
+    from dmakit.iova.domain import IovaDomain
+    from dmakit.trace.operations import Operation
 
 WIDTH_LIMIT = 64
 _RIVALS_LIMIT = 4  # pending operations whose orders are tried at one return
 _MERGE_EVERY = 32  # returns after which branches are compared although none was added
-_CACHED = (L_IOVA_MAGAZINE, L_IOVA_DEPOT)
 
 
-def order_of(size: int) -> int:
+def order_of(size: cython.ulonglong) -> cython.int:
     """The magazine order of a size in granules (6 and more are not cached)."""
-    return (size - 1).bit_length()
+    return ceil_log2(size) if size else 1
 
 
-@dataclass
+@cython.cclass
 class Branch:
     """A model of the domain; ``done``: operations that took effect and have not returned; ``passed``: those that were
     overtaken by a later, conflicting one."""
 
-    domain: IovaDomain
-    done: frozenset[int] = frozenset()
-    passed: frozenset[int] = frozenset()
-    reordered: int = 0
-    answer: int = 0
-    cached: bool = False
-    ranges: int = 0
+    def __init__(self, domain: IovaDomain) -> None:
+        self.domain = domain
+        self.done: frozenset[int] = frozenset()
+        self.passed: frozenset[int] = frozenset()
+        self.reordered = self.answer = self.ranges = 0
+        self.cached = False
 
     def copy(self) -> Branch:
         """An independent branch with the same past."""
-        return Branch(self.domain.copy(), self.done, self.passed, self.reordered, ranges=self.ranges)
+        twin = Branch(self.domain.copy())
+        twin.done, twin.passed, twin.reordered, twin.ranges = self.done, self.passed, self.reordered, self.ranges
+        return twin
 
     def state(self) -> tuple[object, ...]:
         """Equal for branches that will answer alike. ``ranges`` stands for the tree: the exclusive or of the hashes of
@@ -77,23 +91,19 @@ class Branch:
             self.ranges ^= hash(node)
 
 
-@dataclass
+@cython.cclass
 class Counts:
     """What a replay of one domain counted."""
 
-    allocations: int = 0
-    matched: int = 0
-    adopted: int = 0
-    diverged: int = 0
-    operations: int = 0
-    overlapping: int = 0
-    reordered: int = 0
-    unknown_frees: int = 0
-    width: int = 1
-    capped: bool = False
-    divergences: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.allocations = self.matched = self.adopted = self.diverged = self.operations = 0
+        self.overlapping = self.reordered = self.unknown_frees = 0
+        self.width = 1
+        self.capped = False
+        self.divergences: list[dict[str, Any]] = []
 
 
+@cython.cclass
 class OrderSearch:
     """Replays the operations of one domain; feed ``begin`` and ``end`` in the order of time."""
 
@@ -110,15 +120,19 @@ class OrderSearch:
 
     # Feeding ---------------------------------------------------------------------------------------------------------
 
-    def begin(self, key: int, op: Operation) -> None:
+    def begin(self, key: cython.longlong, op: Operation) -> None:
         """The entry of ``op``; ``key`` is unique."""
-        if any(other.kind != "depot" for other in self.pending.values()):
-            self.counts.overlapping += 1
+        other: Operation
+        for other in self.pending.values():
+            if other.kind != "depot":
+                self.counts.overlapping += 1
+                break
         self.pending[key] = op
 
-    def end(self, key: int) -> None:
+    def end(self, key: cython.longlong) -> None:
         """The return of the operation ``key``: it has taken effect by now."""
-        op = self.pending[key]
+        op: Operation = self.pending[key]
+        branch: Branch
         self.counts.operations += 1
         self.counts.allocations += op.kind == "alloc"
         survivors, stuck = [], []
@@ -142,7 +156,7 @@ class OrderSearch:
 
     # One operation in one branch --------------------------------------------------------------------------------------
 
-    def _run(self, branch: Branch, op: Operation, cpu: int) -> bool:
+    def _run(self, branch: Branch, op: Operation, cpu: cython.int) -> bool:
         """Let ``op`` take effect; false when the model's answer is not the recorded one (then it is undone)."""
         domain = branch.domain
         if op.kind in ("alloc", "miss"):
@@ -162,13 +176,13 @@ class OrderSearch:
         branch.recount()
         return True
 
-    def _allocate(self, branch: Branch, op: Operation, cpu: int) -> bool:
-        domain, counts = branch.domain, branch.domain.ledger.counts
-        before = counts[L_IOVA_MAGAZINE] + counts[L_IOVA_DEPOT]
-        pfn = _alloc(domain, op, cpu, False)
+    def _allocate(self, branch: Branch, op: Operation, cpu: cython.int) -> bool:
+        domain: IovaDomain = branch.domain
+        before: cython.longlong = domain.ledger.counts[L_IOVA_MAGAZINE] + domain.ledger.counts[L_IOVA_DEPOT]
+        pfn: cython.ulonglong = _alloc(domain, op, cpu, False)
         if pfn == 0 and op.flush and op.searches is None:
             pfn = _alloc(domain, op, cpu, True)
-        cached = counts[L_IOVA_MAGAZINE] + counts[L_IOVA_DEPOT] > before
+        cached: cython.bint = domain.ledger.counts[L_IOVA_MAGAZINE] + domain.ledger.counts[L_IOVA_DEPOT] > before
         branch.answer, branch.cached = pfn, cached
         wrong_path = op.searches is not None and cached == bool(op.searches)
         if op.pfn is None or (pfn == op.pfn and not wrong_path):
@@ -176,30 +190,33 @@ class OrderSearch:
                 branch.ranges ^= hash((pfn, pfn + _span(op.size) - 1))
             return True
         if pfn and cached:
-            domain.free_fast(pfn, op.size, cpu=cpu)
+            domain._free_fast(cpu, pfn, op.size)
         elif pfn:
-            domain.free(pfn, cpu=cpu)
+            domain._free(cpu, pfn)
         return False
 
-    def _free(self, branch: Branch, op: Operation, cpu: int) -> None:
-        domain, pfn = branch.domain, op.pfn or 0
-        node = domain.search.tree.find(pfn)
-        if node is None:
+    def _free(self, branch: Branch, op: Operation, cpu: cython.int) -> None:
+        domain: IovaDomain = branch.domain
+        pfn: cython.ulonglong = op.pfn or 0
+        node: cython.int = domain.search.tree._find(pfn)
+        if node == IOVA_NIL:
             self.counts.unknown_frees += 1
             if op.kind == "free_node" or op.to_tree:
                 return
             domain.adopt(pfn, _span(op.size))
             branch.recount()
+            node = domain.search.tree._find(pfn)
         if op.kind == "free" and not op.to_tree and order_of(op.size) < IOVA_RANGE_CACHE_MAX_SIZE:
-            domain.free_fast(pfn, op.size, cpu=cpu)
+            domain._free_fast(cpu, pfn, op.size)
             return
-        domain.free(pfn, cpu=cpu)  # also when the kernel found no memory for a magazine
-        branch.ranges ^= hash(node)
+        gone = (domain.search.tree.lo[node], domain.search.tree.hi[node])
+        domain._free(cpu, pfn)  # also when the kernel found no memory for a magazine
+        branch.ranges ^= hash(gone)
 
     @staticmethod
     def _depot(domain: IovaDomain, op: Operation) -> bool:
         """One run of a depot's work; true when it drained. The order is not recorded: one over its limit, if any."""
-        over = [order for order, size in enumerate(domain.depot_sizes()) if size > domain.online_cpus]
+        over = _over(domain)
         if not over or (op.drained and op.drained[0][1] != IOVA_MAG_SIZE):
             return False
         return domain.depot_work(over[0])
@@ -208,8 +225,8 @@ class OrderSearch:
 
     def _continue(self, branch: Branch, key: int) -> list[Branch]:
         """The branches in which ``key`` has taken effect; ``branch`` itself when only one order is possible."""
-        rivals = self._rivals(branch, key)
-        op = self.pending[key]
+        op: Operation = self.pending[key]
+        rivals = self._rivals(branch, key) if len(self.pending) > 1 else []
         if len(rivals) > _RIVALS_LIMIT:
             self.counts.capped = True
             rivals = rivals[:_RIVALS_LIMIT]
@@ -247,19 +264,17 @@ class OrderSearch:
         chosen = [key]
         for here in chosen:  # grows while it is walked
             for other in open_keys:
-                if other not in chosen and self._conflict(branch.domain, self.pending[here], self.pending[other]):
+                if other not in chosen and _conflict(branch.domain, self.pending[here], self.pending[other]):
                     chosen.append(other)
-        return chosen[1:]
+        return chosen[1:] if len(chosen) == 1 else self._that_matter(branch.domain, chosen)
 
-    @staticmethod
-    def _conflict(domain: IovaDomain, one: Operation, two: Operation) -> bool:
-        if _flushes(one) or _flushes(two):
-            return True
-        orders = order_of(one.size), order_of(two.size)
-        cached = max(orders) < IOVA_RANGE_CACHE_MAX_SIZE and {one.kind, two.kind} <= {"alloc", "free", "miss"}
-        if cached and orders[0] == orders[1] and set(one.cpus) & set(two.cpus):
-            return True
-        return not _private(domain, one) and not _private(domain, two)
+    def _that_matter(self, domain: IovaDomain, chosen: list[int]) -> list[int]:
+        """Rivals without the runs of depot work that find nothing to do, now or behind any of ``chosen``: only a free
+        puts a magazine into a depot."""
+        kinds = {self.pending[key].kind for key in chosen}
+        if "depot" not in kinds or not kinds <= {"alloc", "miss", "depot"} or _over(domain):
+            return chosen[1:]
+        return [key for key in chosen[1:] if self.pending[key].kind != "depot"]
 
     # Outcomes ---------------------------------------------------------------------------------------------------------
 
@@ -313,7 +328,7 @@ class OrderSearch:
         state: dict[str, Any] = {"nodes": domain.node_count, "depots": domain.depot_sizes()}
         if order < IOVA_RANGE_CACHE_MAX_SIZE:
             loaded, prev = domain.magazines(op.cpus[0], order)
-            state["magazines"] = {"loaded": len(loaded), "top": loaded[-4:], "prev": len(prev), "prev_top": prev[-4:]}
+            state["magazines"] = {"loaded": len(loaded), "top": _top(loaded), "prev": len(prev), "prev_top": _top(prev)}
         near = [node for node in domain.nodes() if abs(node[0] - (op.pfn or op.limit)) < 64]
         return {
             "line": op.line,
@@ -328,16 +343,21 @@ class OrderSearch:
         }
 
 
+def _top(magazine: list[int]) -> list[int]:
+    return magazine[max(len(magazine) - 4, 0) :]
+
+
 def _path(op: Operation) -> str:
     if op.searches is None:
         return "not recorded"
     return "tree" if op.searches else "magazine"
 
 
-def _span(size: int) -> int:
+def _span(size: cython.ulonglong) -> cython.ulonglong:
     """Granules that an allocation of ``size`` occupies."""
-    order = order_of(size)
-    return 1 << order if order < IOVA_RANGE_CACHE_MAX_SIZE else size
+    one: cython.ulonglong = 1
+    order: cython.int = order_of(size)
+    return one << order if order < IOVA_RANGE_CACHE_MAX_SIZE else size
 
 
 def _adopt(domain: IovaDomain, op: Operation, pfn: int) -> None:
@@ -353,30 +373,53 @@ def _adopt(domain: IovaDomain, op: Operation, pfn: int) -> None:
     domain.adopt(pfn, _span(op.size))
 
 
-def _alloc(domain: IovaDomain, op: Operation, cpu: int, flush: bool) -> int:
-    try:
-        limit = min(op.limit, domain.highest_pfn)
-        if op.retry:
-            return domain.alloc(_span(op.size), limit, cpu=cpu)
-        return domain.alloc_fast(op.size, limit, flush, cpu=cpu)
-    except ExhaustedError:
+def _over(domain: IovaDomain) -> list[int]:
+    """Orders whose depots hold more magazines than there are CPUs on line."""
+    return [
+        order for order in range(IOVA_RANGE_CACHE_MAX_SIZE) if domain.rcaches.depot_size[order] > domain.online_cpus
+    ]
+
+
+def _alloc(domain: IovaDomain, op: Operation, cpu: cython.int, flush: cython.bint) -> cython.ulonglong:
+    """The model's answer; 0 when it has none."""
+    limit: cython.ulonglong = min(op.limit, domain.highest_pfn)
+    if not 0 < op.size <= domain.highest_pfn:
         return 0
+    if op.retry:
+        return domain._alloc(cpu, _span(op.size), limit)
+    return domain._alloc_fast(cpu, op.size, limit, flush)
 
 
-def _flushes(op: Operation) -> bool:
+def _flushes(op: Operation) -> cython.bint:
     """Whether an allocation gave all magazines back, as far as the trace tells."""
     return op.kind == "drain" or (op.kind == "alloc" and op.flush and op.searches is None and op.pfn == 0)
 
 
-def _private(domain: IovaDomain, op: Operation) -> bool:
+def _conflict(domain: IovaDomain, one: Operation, two: Operation) -> cython.bint:
+    """Whether the order of two operations may matter."""
+    if _flushes(one) or _flushes(two):
+        return True
+    order: cython.int = order_of(one.size)
+    if (
+        order == order_of(two.size)
+        and order < IOVA_RANGE_CACHE_MAX_SIZE
+        and one.kind in ("alloc", "free", "miss")
+        and two.kind in ("alloc", "free", "miss")
+        and not set(one.cpus).isdisjoint(two.cpus)
+    ):
+        return True
+    return not _private(domain, one) and not _private(domain, two)
+
+
+def _private(domain: IovaDomain, op: Operation) -> cython.bint:
     """Whether ``op``, if it took effect now, would stay in its CPU's own magazines."""
-    order = order_of(op.size)
-    if op.kind not in ("alloc", "free") or op.retry or order >= IOVA_RANGE_CACHE_MAX_SIZE or len(op.cpus) > 1:
+    order: cython.int = order_of(op.size)
+    if (op.kind != "alloc" and op.kind != "free") or op.retry or order >= IOVA_RANGE_CACHE_MAX_SIZE or len(op.cpus) > 1:
         return False
-    slot = op.cpus[0] * IOVA_RANGE_CACHE_MAX_SIZE + order
-    rcaches = domain.rcaches
-    loaded = rcaches.pool.size[rcaches.loaded[slot]]
-    prev = rcaches.pool.size[rcaches.prev[slot]]
+    cpu: cython.int = op.cpus[0]
+    slot: cython.int = cpu * IOVA_RANGE_CACHE_MAX_SIZE + order
+    loaded: cython.int = domain.rcaches.pool.size[domain.rcaches.loaded[slot]]
+    prev: cython.int = domain.rcaches.pool.size[domain.rcaches.prev[slot]]
     if op.kind == "alloc":
         return loaded > 0 or prev > 0
     return loaded < IOVA_MAG_SIZE or prev < IOVA_MAG_SIZE
