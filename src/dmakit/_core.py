@@ -42,6 +42,7 @@ COMPILED_MODULES = (
     "dmakit.dma.window",
     "dmakit.dma.windows",
     "dmakit.failpoint",
+    "dmakit.iommu.bitmap",
     "dmakit.iommu.caches",
     "dmakit.iommu.devtlb",
     "dmakit.iommu.dirty",

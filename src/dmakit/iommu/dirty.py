@@ -23,10 +23,12 @@ from dmakit.iova.arrays import zeroed
 
 if cython.compiled:
     from cython.cimports.dmakit.consts import DIRTY_NO_CLEAR, L_PTE_SET_1, PAGE_SIZE, PT_ENTRIES
+    from cython.cimports.dmakit.iommu.bitmap import set_range
     from cython.cimports.dmakit.iommu.gather import Gather
     from cython.cimports.dmakit.iommu.pagetable import PageTable, level_shift
 else:
     from dmakit.consts import DIRTY_NO_CLEAR, L_PTE_SET_1, PAGE_SIZE, PT_ENTRIES
+    from dmakit.iommu.bitmap import set_range
     from dmakit.iommu.gather import Gather
     from dmakit.iommu.pagetable import PageTable, level_shift
 
@@ -116,11 +118,4 @@ class LeafBitScan:
 
     def _record(self, first: cython.ulonglong, last: cython.ulonglong) -> cython.void:
         """Set the bits of the pages that hold [first, last]."""
-        low: cython.ulonglong = (first - self.origin) >> self.page_shift
-        high: cython.ulonglong = (last - self.origin) >> self.page_shift
-        one: cython.ulonglong = 1
-        while low <= high:
-            width: cython.ulonglong = min(64 - (low & 63), high - low + 1)
-            mask: cython.ulonglong = ((one << (width - 1)) - 1) | (one << (width - 1))
-            self.bitmap[low >> 6] |= mask << (low & 63)
-            low += width
+        set_range(self.bitmap, (first - self.origin) >> self.page_shift, (last - self.origin) >> self.page_shift)

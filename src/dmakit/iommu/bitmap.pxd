@@ -1,0 +1,54 @@
+cdef extern from *:
+    """
+    #define _BY_1 0x5555555555555555ULL
+    #define _EACH_4 0x1111111111111111ULL
+    #define _EACH_8 0x0101010101010101ULL
+    #define _EACH_16 0x0001000100010001ULL
+    #define _EACH_32 0x0000000100000001ULL
+    #define _LOW_63 0x7FFFFFFFFFFFFFFFULL
+    #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
+    #define DMAKIT_EACH_CPU __attribute__((target_clones("arch=icelake-server", "popcnt", "default")))
+    #else
+    #define DMAKIT_EACH_CPU
+    #endif
+    """
+    ctypedef unsigned long long total_t "DMAKIT_EACH_CPU unsigned long long"
+    const unsigned long long _BY_1
+    const unsigned long long _EACH_4
+    const unsigned long long _EACH_8
+    const unsigned long long _EACH_16
+    const unsigned long long _EACH_32
+    const unsigned long long _LOW_63
+    int __builtin_popcountll(unsigned long long) noexcept nogil
+    int __builtin_ctzll(unsigned long long) noexcept nogil
+    void __builtin_prefetch(const void *) noexcept nogil
+
+cdef total_t _count(unsigned long long[::1] words) noexcept nogil
+cdef void _merge(unsigned long long[::1] target, unsigned long long[::1] source) noexcept nogil
+cdef void _take(unsigned long long[::1] target, unsigned long long[::1] source) noexcept nogil
+cdef void _clear(unsigned long long[::1] words) noexcept nogil
+cdef unsigned long long _mask(int low, int width) noexcept nogil
+cdef void set_range(unsigned long long[::1] words, unsigned long long first, unsigned long long last) noexcept nogil
+cdef void _clear_range(unsigned long long[::1] words, unsigned long long first,
+                       unsigned long long last) noexcept nogil
+cdef Py_ssize_t _emit(unsigned long long word, unsigned long long base, unsigned long long[::1] out,
+                      Py_ssize_t at) noexcept nogil
+cdef unsigned long long _fields(int width, int shift) noexcept nogil
+cdef unsigned long long _fold(unsigned long long word, int shift) noexcept nogil
+cdef void _coarsen(unsigned long long[::1] words, unsigned long long[::1] out, int shift,
+                   unsigned long long[::1] fields) noexcept nogil
+cdef void _refine(unsigned long long[::1] words, unsigned long long[::1] out, int shift,
+                  unsigned long long[::1] fields) noexcept nogil
+cdef void _convert(unsigned long long[::1] words, unsigned long long[::1] out, int shift,
+                   unsigned long long[::1] fields, bint finer) noexcept
+
+cdef class Bitmap:
+    cdef readonly unsigned long long bits
+    cdef readonly object words
+    cdef readonly Py_ssize_t stop
+    cdef unsigned long long[::1] marks
+    cdef Py_ssize_t _set_many(self, unsigned long long[::1] pages)
+    cdef Py_ssize_t _scan_pages(self, unsigned long long[::1] marks, Py_ssize_t start,
+                                unsigned long long[::1] out) noexcept
+    cdef Py_ssize_t _scan_runs(self, unsigned long long[::1] marks, Py_ssize_t start,
+                               unsigned long long[::1] out) noexcept
