@@ -7,11 +7,12 @@ from array import array
 
 def zeroed(kind: str, items: int) -> memoryview[int]:
     """``items`` zeros of the ``array`` type code ``kind``."""
-    return memoryview(array(kind, bytes(array(kind).itemsize * items)))
+    return memoryview(array(kind, (0,)) * items)
 
 
 def widened(kind: str, old: memoryview[int], items: int) -> memoryview[int]:
-    """A zeroed array of ``items`` items that begins with those of ``old``."""
+    """A zeroed array of ``items`` items that begins with those of ``old`` (as many as fit)."""
     view = zeroed(kind, items)
-    view[: len(old)] = old
+    kept = min(len(old), items)
+    view[:kept] = old[:kept]
     return view

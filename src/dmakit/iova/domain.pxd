@@ -1,11 +1,13 @@
+cimport cython
 from dmakit.iova.allocator cimport IovaAllocator
 
 
+@cython.final
 cdef class IovaDomain(IovaAllocator):
     cdef int _cpu(self, object cpu) except -1
     cdef unsigned long long _pfn(self, str name, object value, long long low) except? 0
     cdef unsigned long long _allocated(self, object pfn) except 0
-    cdef long long _alloc_words(
+    cdef Py_ssize_t _alloc_words(
         self, int cpu, object sizes, unsigned long long limit_pfn, bint flush, object pfns
     ) except? -1
     cdef bint _free_words(self, int cpu, object pfns, object sizes) except -1

@@ -109,7 +109,7 @@ class IovaDomain(IovaAllocator):
         if self._reserve(lo, hi) < 0:
             raise ExhaustedError(f"no memory for the reservation of pfns [{lo:#x}, {hi:#x}]")
 
-    @cython.locals(on=cython.int, limit=cython.ulonglong, flush=cython.bint, done=cython.longlong)
+    @cython.locals(on=cython.int, limit=cython.ulonglong, flush=cython.bint, done=cython.Py_ssize_t)
     def alloc_batch(
         self,
         sizes: object,
@@ -268,10 +268,10 @@ class IovaDomain(IovaAllocator):
 
     def _alloc_words(
         self, cpu: cython.int, sizes: Any, limit_pfn: cython.ulonglong, flush: cython.bint, pfns: Any
-    ) -> cython.longlong:
+    ) -> cython.Py_ssize_t:
         """A batch over two buffers: the successes. Compiled, -1 when something about the buffers is unusual."""
         if cython.compiled:
-            done: cython.longlong = -1
+            done: cython.Py_ssize_t = -1
             wanted = cython.declare(Words)
             found = cython.declare(Words)
             if not borrow(cython.address(wanted), sizes, False):

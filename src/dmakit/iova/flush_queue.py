@@ -43,6 +43,7 @@ if cython.compiled:
     )
     from cython.cimports.dmakit.failpoint import FailPoint
     from cython.cimports.dmakit.iova.domain import IovaDomain
+    from cython.cimports.dmakit.iova.exact import exact
     from cython.cimports.dmakit.ledger import Ledger
 else:
     from dmakit.consts import (
@@ -58,10 +59,12 @@ else:
     )
     from dmakit.failpoint import FailPoint
     from dmakit.iova.domain import IovaDomain
+    from dmakit.iova.exact import exact
     from dmakit.ledger import Ledger
 
 DEFAULT_TIMEOUT_NS = 10 * MS
 SINGLE_TIMEOUT_NS = 1000 * MS
+_ALL_ONES = (1 << 64) - 1
 
 
 @cython.cclass
@@ -147,13 +150,18 @@ class FlushQueue:
     # Public calls ------------------------------------------------------------------------------------------------
 
     def queue(
-        self, pfn: SupportsIndex, pages: SupportsIndex, freelist_head: SupportsIndex = 0, *, cpu: SupportsIndex = 0
+        self, pfn: SupportsIndex, pages: SupportsIndex, freelist_head: SupportsIndex = 0, cpu: SupportsIndex = 0
     ) -> None:
         """Queue ``pages`` granules at ``pfn`` and the table pages chained from ``freelist_head`` (0 = none)."""
-        cpu = within("cpu", cpu, 0, self.cpus - 1)
-        pfn = within("pfn", pfn, 1, self.iovad.highest_pfn)
-        pages = within("pages", pages, 1, self.iovad.highest_pfn)
-        self._queue(cpu, pfn, pages, within("freelist_head", freelist_head, 0, (1 << 64) - 1))
+        on: cython.longlong = exact(cpu)
+        if not 0 <= on < self.cpus:
+            on = within("cpu", cpu, 0, self.cpus - 1)
+        first: cython.ulonglong = self.iovad._pfn("pfn", pfn, 1)
+        count: cython.ulonglong = self.iovad._pfn("pages", pages, 1)
+        head: cython.ulonglong = 0
+        tables: cython.longlong = exact(freelist_head)
+        head = tables if tables >= 0 else within("freelist_head", freelist_head, 0, _ALL_ONES)
+        self._queue(on, first, count, head)
 
     def timeout(self, *, cpu: SupportsIndex | None = None) -> None:
         """What the timer does: flush the domain, then free every entry on ``cpu`` (default: the CPU that armed it)."""

@@ -1,6 +1,8 @@
+cimport cython
 from dmakit.failpoint cimport FailPoint
 
 
+@cython.final
 cdef class MagazinePool:
     cdef readonly FailPoint fail
     cdef readonly unsigned long long[::1] pfns

@@ -1,7 +1,9 @@
+cimport cython
 from dmakit.iova.magazine cimport MagazinePool
 from dmakit.ledger cimport Ledger
 
 
+@cython.final
 cdef class IovaRcaches:
     cdef readonly Ledger ledger
     cdef readonly MagazinePool pool

@@ -1,3 +1,4 @@
+cimport cython
 from dmakit.iova.tree cimport IovaTree
 
 
@@ -15,6 +16,7 @@ cdef class IovaSearch:
     cdef unsigned long long _cover(self, unsigned long long lo, unsigned long long hi) noexcept nogil
 
 
+@cython.final
 cdef class LinuxSearch(IovaSearch):
     cdef readonly int cached_node
     cdef readonly int cached32_node
@@ -24,5 +26,6 @@ cdef class LinuxSearch(IovaSearch):
     cdef int _find_limit(self, unsigned long long limit) noexcept nogil
 
 
+@cython.final
 cdef class AugmentedSearch(IovaSearch):
     pass

@@ -1,3 +1,7 @@
+cimport cython
+
+
+@cython.final
 cdef class IovaTree:
     cdef readonly bint augmented
     cdef readonly unsigned long long start
@@ -13,6 +17,7 @@ cdef class IovaTree:
     cdef readonly int[::1] next
     cdef readonly int root
     cdef readonly int unused
+    cdef readonly int fresh
     cdef readonly int capacity
     cdef readonly long long count
     cdef public long long visited
