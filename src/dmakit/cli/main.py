@@ -19,6 +19,7 @@ VERBS = {
     "explain": "say for every request which path it took, why, and what would make it fast",
     "replay": "replay recorded kernel traces, golden vectors or step files on dmakit's stack",
     "record": "print a script that records such a trace on your kernel",
+    "bench": "measure this code against the limits of this machine",
     "doctor": "show which core runs and why, the compiler and the versions",
     "test": "run the test-suite of a checkout, interpreted and compiled",
 }

@@ -1,0 +1,155 @@
+"""The benchmark suite: every row beside its yardstick, repetition by repetition, on one pinned core.
+
+A repetition measures the yardstick, the work, and the yardstick again; the ratio is taken to the mean of both, so that
+a clock that changes or a neighbour on the machine weighs on both sides. The figures are medians over the repetitions
+(at least 9), the spread is the middle half of the ratios. One repetition before them warms up and is not counted.
+
+Rows come from the modules ``*_rows`` of this package, each a list ``ROWS``; one that is not there is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from statistics import median, quantiles
+
+from dmakit import _core
+from dmakit.bench.row import Bench, Row
+from dmakit.bench.yardsticks import MEASURES
+
+MODULES = ("iova_rows", "iommu_rows", "dma_rows", "bitmap_rows", "nvme_rows", "trace_rows", "cli_rows")
+REPETITIONS = 9
+
+
+@dataclass
+class Figure:
+    """What was measured of a row; ``ratio`` is None when the work could not be measured (``error`` says why)."""
+
+    id: str
+    name: str
+    value: float | None
+    unit: str
+    ratio: float | None
+    yardstick: str
+    goal: float
+    better: str
+    met: bool
+    spread: tuple[float, float] | None = None
+    times: float = 1.0
+    error: str | None = None
+
+
+def all_rows() -> list[Row]:
+    """The rows of every module that is there, by id."""
+    found: list[Row] = []
+    for name in MODULES:
+        if find_spec(f"dmakit.bench.{name}") is not None:
+            found += import_module(f"dmakit.bench.{name}").ROWS
+    return sorted(found, key=order)
+
+
+def order(row: Row) -> tuple[int, str]:
+    """Sorting key: 2 before 10, 3a before 3b."""
+    match = re.match(r"\d+", row.id)
+    return int(match.group()) if match else 1 << 30, row.id
+
+
+def chosen(rows: list[Row], wanted: list[str]) -> list[Row]:
+    """The rows that were asked for by id (``10`` takes 10a, 10b …); all without a wish."""
+    return [row for row in rows if not wanted or any(re.fullmatch(rf"{re.escape(w)}[a-z]?", row.id) for w in wanted)]
+
+
+@contextmanager
+def pinned(core: int | None = None) -> Iterator[int]:
+    """Stay on one core (the last one allowed, unless told); the core's number."""
+    allowed = os.sched_getaffinity(0)
+    core = max(allowed) if core is None else core
+    os.sched_setaffinity(0, {core})
+    try:
+        yield core
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def measured(row: Row, bench: Bench, repetitions: int = REPETITIONS) -> Figure:
+    """One row's figure."""
+    samples: list[tuple[float, float]] = []
+    try:
+        for turn in range(repetitions + 1):
+            sample = repetition(row, bench)
+            if turn:
+                samples.append(sample)
+    except Exception as error:
+        wrong = f"{type(error).__name__}: {error}"
+        return Figure(row.id, row.name, None, row.unit, None, row.yardstick, row.goal, row.better, False, error=wrong)
+    ratios = [value / (peer * row.times) for value, peer in samples]
+    if row.better == "higher":
+        ratios = [1 / ratio for ratio in ratios]
+    ratio = median(ratios)
+    quarters = quantiles(ratios, n=4) if len(ratios) > 1 else [ratio] * 3
+    met = ratio <= row.goal if row.better == "lower" else ratio >= row.goal
+    value = median(value for value, _ in samples)
+    spread = (quarters[0], quarters[2])
+    return Figure(row.id, row.name, value, row.unit, ratio, row.yardstick, row.goal, row.better, met, spread, row.times)
+
+
+def repetition(row: Row, bench: Bench) -> tuple[float, float]:
+    """(the work, what it is compared with), one time."""
+    if row.yardstick == "own":
+        both = row.measure(bench)
+        assert isinstance(both, tuple), f"row {row.id}: a row with its own peer returns (value, peer)"
+        return both
+    before = MEASURES[row.yardstick](bench)
+    bench.yardsticks[row.yardstick] = before
+    value = row.measure(bench)
+    assert not isinstance(value, tuple), f"row {row.id}: only a row with its own peer returns two values"
+    return value, (before + MEASURES[row.yardstick](bench)) / 2
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    model = platform.processor()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": platform.platform(),
+    }
+
+
+def run(
+    rows: list[Row],
+    *,
+    short: bool = False,
+    repetitions: int = REPETITIONS,
+    core: int | None = None,
+    progress: Callable[[Figure], None] = lambda figure: None,
+) -> dict[str, object]:
+    """Measure ``rows``; the report as it is written to JSON."""
+    running = str(_core.status()["running"])
+    figures: list[Figure] = []
+    with pinned(core) as cpu:
+        shared = Bench(short=short, compiled=running == "compiled")
+        limits = {name: median(measure(shared) for _ in range(repetitions)) for name, measure in MEASURES.items()}
+        for row in rows:
+            bench = Bench(short, shared.compiled, dict(limits), shared.kept.copy())
+            figures.append(measured(row, bench, repetitions))
+            progress(figures[-1])
+    return {
+        "machine": {**machine(), "pinned_to": cpu},
+        "core": running,
+        "short": short,
+        "yardsticks": limits,
+        "rows": [asdict(figure) for figure in figures],
+    }

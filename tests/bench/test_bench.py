@@ -1,0 +1,153 @@
+"""The benchmark suite: shapes, arithmetic and history; no timing is asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dmakit.bench import bitmap_rows, history, suite, yardsticks
+from dmakit.bench.native import walk
+from dmakit.bench.row import Bench, Row
+from dmakit.cli.main import run
+from dmakit.iommu.bitmap import Bitmap
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "dmakit" / "bench"
+
+
+@pytest.fixture
+def two_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        Row("10", "slow peer", "ns", 3.0, "higher", "own", lambda bench: (2.0, 8.0)),
+        Row("2a", "half of it", "ns", 0.5, "lower", "own", lambda bench: (3.0, 4.0), times=2.0),
+    ]
+    monkeypatch.setattr(suite, "all_rows", lambda: sorted(rows, key=suite.order))
+
+
+def test_rows_are_complete_and_unique() -> None:
+    rows = suite.all_rows()
+    ids = [row.id for row in rows]
+    assert len(set(ids)) == len(ids)
+    assert ids == sorted(ids, key=lambda text: (int(text.rstrip("abcdefgh")), text))
+    for row in rows:
+        assert row.better in ("lower", "higher")
+        assert row.yardstick in yardsticks.NAMES
+        assert row.goal > 0 and row.times > 0 and row.unit and row.name
+    assert {"10a", "10b", "10c", "11a", "11b"} <= set(ids)
+
+
+def test_every_bitmap_row_can_be_measured() -> None:
+    bench = Bench(short=True, compiled=False)
+    for row in bitmap_rows.ROWS:
+        figure = suite.measured(row, bench, 1)
+        assert figure.error is None
+        assert figure.ratio is not None and figure.ratio > 0
+
+
+def test_yardsticks_are_positive_and_the_walk_translates() -> None:
+    bench = Bench(short=True, compiled=False)
+    assert all(measure(bench) > 0 for measure in yardsticks.MEASURES.values())
+    words, addresses = yardsticks.walked_tables(50)
+    for n in range(50):
+        assert walk(words, 4096, addresses[n : n + 1]) == addresses[n]
+
+
+def test_numpy_peers_do_the_same_work() -> None:
+    bitmap = Bitmap(64 * 500)
+    bitmap.set_many(np.random.default_rng(5).integers(0, bitmap.bits, 300, dtype=np.uint64))
+    words = np.frombuffer(bitmap.words, np.uint64)
+    assert bitmap_rows.numpy_count(words) == bitmap.count()
+    assert bitmap_rows.numpy_by_bytes(words).tolist() == list(bitmap.pages())
+    assert bitmap_rows.numpy_by_words(words).tolist() == list(bitmap.pages())
+
+
+def test_ratio_and_goal() -> None:
+    bench = Bench(short=True, compiled=False)
+    low = suite.measured(Row("1", "x", "ns", 0.4, "lower", "own", lambda b: (3.0, 4.0), times=2.0), bench)
+    assert (low.ratio, low.met, low.spread) == (0.375, True, (0.375, 0.375))
+    high = suite.measured(Row("1", "x", "ns", 1.4, "higher", "own", lambda b: (3.0, 4.0)), bench)
+    assert high.ratio == pytest.approx(4 / 3)
+    assert not high.met
+    empty = suite.measured(Row("1", "x", "ns", 9.0, "lower", "E", lambda b: b.yardsticks["E"] * 2), bench)
+    assert empty.ratio is not None and empty.ratio > 0
+
+
+def test_a_row_that_fails_says_why() -> None:
+    figure = suite.measured(Row("1", "x", "ns", 1.0, "lower", "E", lambda b: 1 / 0), Bench(True, False))
+    assert (figure.ratio, figure.met, figure.error) == (None, False, "ZeroDivisionError: division by zero")
+
+
+def test_choosing_rows() -> None:
+    rows = [Row(i, "x", "ns", 1.0, "lower", "E", lambda b: 1.0) for i in ("1", "10a", "10b", "2")]
+    assert [row.id for row in suite.chosen(rows, ["10"])] == ["10a", "10b"]
+    assert [row.id for row in suite.chosen(rows, ["1", "10b"])] == ["1", "10b"]
+    assert len(suite.chosen(rows, [])) == 4
+
+
+def test_a_statement_is_executed_that_often() -> None:
+    seen: list[int] = []
+    assert Bench().statement("add(1)", number=30, add=seen.append) > 0
+    assert seen == [1] * 30
+
+
+def test_the_report_and_the_change(two_rows: None, own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "--short", "--repetitions", "1", "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) >= {"machine", "core", "yardsticks", "rows"}
+    assert set(report["yardsticks"]) == {"E", "F", "W", "M"}
+    names = {"id", "name", "value", "unit", "ratio", "yardstick", "goal", "better", "met"}
+    assert all(names <= set(row) for row in report["rows"])
+    assert [(row["id"], row["ratio"], row["met"]) for row in report["rows"]] == [("2a", 0.375, True), ("10", 4.0, True)]
+    assert len(list(own_cache.glob("*.json"))) == 1
+    assert run(["bench", "--short", "--repetitions", "1", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "half of it" in shown and "slow peer" not in shown
+    assert "≤ 0.5 2own" in shown and "+0%" in shown
+    assert ("runs interpreted" in shown) == (report["core"] != "compiled")
+
+
+def test_gross_losses() -> None:
+    row = {"id": "1", "name": "x", "ratio": 5.0, "better": "lower", "error": None}
+    report: dict[str, object] = {"rows": [row]}
+    assert history.losses(report, {"1": 2.6}) == []
+    assert history.losses(report, {"2": 0.1}) == []
+    assert history.losses(report, {"1": 2.4}) == ["row 1 (x): ratio 5, recorded 2.4"]
+    row["better"] = "higher"
+    assert history.losses(report, {"1": 9.0}) == []
+    assert history.losses(report, {"1": 11.0}) == ["row 1 (x): ratio 5, recorded 11"]
+    row |= {"ratio": None, "error": "no memory"}
+    assert history.losses(report, {"1": 1.0}) == ["row 1 (x): no memory"]
+
+
+def test_broken_reports_are_passed_over(own_cache: Path) -> None:
+    own_cache.mkdir(parents=True)
+    (own_cache / "1.json").write_text("{")
+    (own_cache / "2.json").write_text('{"core": "compiled"}')
+    report: dict[str, object] = {"core": "compiled", "short": False, "rows": [{"id": "1", "ratio": 2.0}]}
+    assert history.earlier(report) == {}
+    history.keep(report)
+    assert history.earlier(report) == {"1": 2.0}
+    assert history.earlier({**report, "short": True}) == {}
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["99"], "bench 99: no such row"),
+        (["--repetitions", "0"], "--repetitions 0: must be at least 1"),
+        (["10", "--core", "4000"], "--core 4000: Invalid argument"),
+        (
+            ["10", "--short", "--repetitions", "1", "--json", "/nonexistent/x"],
+            "--json /nonexistent/x: cannot write there",
+        ),
+    ],
+)
+def test_bad_options(two_rows: None, argv: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", *argv]) == 2
+    assert text in capsys.readouterr().err
