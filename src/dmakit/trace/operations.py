@@ -21,7 +21,7 @@ in every domain).
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import cython
 
@@ -31,6 +31,7 @@ from dmakit.trace.events import ABSENT
 Text: TypeAlias = str
 Cpus: TypeAlias = tuple[int, ...]
 FOREVER = 1 << 62
+_NONE: list[Any] = []  # of every operation that has none
 _HIGHEST = (1 << 52) - 1  # the highest pfn of 4 KiB granules
 _SLACK = 512  # events within which an operation without a recorded end has taken effect
 KINDS = ("init_in", "res_in", "put_in", "af_in", "af_out", "ai_out", "ff_in", "ff_out", "fi_in", "depot_in",
@@ -66,8 +67,8 @@ class Operation:
         self.pfn: int | None = None
         self.searches: list[int] | None = None
         self.to_tree: bool | None = None
-        self.moments: list[int] = []
-        self.drained: list[tuple[int, int, list[int]]] = []
+        self.moments: list[int] = _NONE
+        self.drained: list[tuple[int, int, list[int]]] = _NONE
 
     def part(self, kind: Text, begin: cython.longlong, end: cython.longlong) -> Operation:
         """A failed search of this allocation as an operation of its own."""
@@ -126,17 +127,20 @@ class OperationReader:
 
     def read(self) -> list[Operation]:
         """All operations, by ``begin``; lost events are operations of domain 0 (which means every domain)."""
-        handlers = {name: getattr(self, f"_{name}") for name in KINDS}
-        order = [(seq, name, row) for name in KINDS for row, seq in enumerate(self.columns[name][""])]
-        order.sort()
-        for seq, name, row in order:
-            column = self.columns[name]
+        handlers = [getattr(self, f"_{name}") for name in KINDS]
+        columns = [self.columns[name] for name in KINDS]
+        rows = [0] * len(KINDS)
+        work: Operation
+        for code in sorted(seq * 16 + which for which in range(len(KINDS)) for seq in columns[which][""]):
+            which, seq = code & 15, code >> 4
+            row, column = rows[which], columns[which]
+            rows[which] = row + 1
             cpu, pid = column["cpu"][row], column["pid"][row]
             task = pid if pid else -1 - cpu
             if task in self.works:
-                work: Operation = self.works.pop(task)
+                work = self.works.pop(task)
                 work.end = seq
-            handlers[name](column, row, task, self._new("", column, row, cpu, pid))
+            handlers[which](column, row, task, self._new("", column, row, cpu, pid))
             self.latest[task] = seq
         self._close()
         lost = self.trace.lost
@@ -167,6 +171,7 @@ class OperationReader:
         op.kind, op.size, op.limit = "alloc", column["size"][row], column["limit"][row]
         op.flush = column["flush"][row] in (1, ABSENT)
         op.searches = [] if self.searches_recorded else None
+        op.moments, op.drained = [], []
         self.stacks.setdefault(task, []).append(op)
         self.operations.append(op)
 

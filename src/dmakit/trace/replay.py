@@ -81,6 +81,8 @@ class TraceReplay:
         seen = sorted({cpu for op in self.operations for cpu in op.cpus})
         number = {cpu: i for i, cpu in enumerate(seen)}
         for op in self.operations:
+            if len(op.cpus) == 1 and op.kind != "offline" and number[op.cpus[0]] == op.cpus[0]:
+                continue
             op.cpus = tuple(dict.fromkeys(number[cpu] for cpu in op.cpus))
             if op.kind == "offline":
                 op.size = number.get(op.size, 0)

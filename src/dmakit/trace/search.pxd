@@ -41,3 +41,5 @@ cdef unsigned long long _alloc(IovaDomain domain, Operation op, int cpu, bint fl
 cdef bint _flushes(Operation op) noexcept
 cdef bint _conflict(IovaDomain domain, Operation one, Operation two) noexcept
 cdef bint _private(IovaDomain domain, Operation op) noexcept
+cdef unsigned long long _next(IovaDomain domain, Operation op) noexcept
+cdef bint _hopeless(IovaDomain domain, Operation op) noexcept

@@ -22,7 +22,6 @@ Models no code: it looks for the order in which the kernel's locks were taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import permutations
 from typing import Any
 
@@ -31,6 +30,7 @@ import cython
 if cython.compiled:
     from cython.cimports.dmakit.consts import (
         IOVA_MAG_SIZE,
+        IOVA_MAG_STRIDE,
         IOVA_NIL,
         IOVA_RANGE_CACHE_MAX_SIZE,
         L_IOVA_DEPOT,
@@ -42,6 +42,7 @@ if cython.compiled:
 else:
     from dmakit.consts import (
         IOVA_MAG_SIZE,
+        IOVA_MAG_STRIDE,
         IOVA_NIL,
         IOVA_RANGE_CACHE_MAX_SIZE,
         L_IOVA_DEPOT,
@@ -233,19 +234,32 @@ class OrderSearch:
         if not rivals and len(op.cpus) == 1:
             branch.reordered += key in branch.passed
             return [branch] if self._run(branch, op, op.cpus[0]) else []
+        orders = [(*first, key) for count in range(len(rivals) + 1) for first in permutations(rivals, count)]
+        orders = [order for order in orders if not _hopeless(branch.domain, self.pending[order[0]])]
+        alone = len(orders) == 1 and self._sure(branch, orders[0])
         found = []
-        for count in range(len(rivals) + 1):
-            for first in permutations(rivals, count):
-                for twin in self._sequence(branch, (*first, key)):
-                    twin.done = (branch.done | set(first)) - {key}
-                    left = [rival for rival in rivals if rival not in first and self.pending[rival].begin < op.begin]
-                    twin.passed |= frozenset(left)
-                    found.append(twin)
+        for order in orders:
+            done = (branch.done | set(order)) - {key}
+            for twin in self._sequence(branch if alone else branch.copy(), order):
+                twin.done = done
+                left = [rival for rival in rivals if rival not in order and self.pending[rival].begin < op.begin]
+                twin.passed |= frozenset(left)
+                found.append(twin)
         return found
 
-    def _sequence(self, branch: Branch, keys: tuple[int, ...]) -> Iterator[Branch]:
-        """Copies of ``branch`` in which ``keys`` took effect in that order, for every choice of CPU."""
-        twins = [branch.copy()]
+    def _sure(self, branch: Branch, order: tuple[int, ...]) -> bool:
+        """Whether ``order`` leaves ``branch`` as it is should it die: then it needs no copy."""
+        first: Operation = self.pending[order[0]]
+        last: Operation = self.pending[order[len(order) - 1]]
+        if len(first.cpus) > 1 or len(last.cpus) > 1:
+            return False
+        if len(order) == 2:  # the first has the recorded answer, and a free has none
+            return last.kind == "free" and not first.searches and first.pfn == (_next(branch.domain, first) or None)
+        return len(order) == 1
+
+    def _sequence(self, branch: Branch, keys: tuple[int, ...]) -> list[Branch]:
+        """``branch`` and copies of it in which ``keys`` took effect in that order, for every choice of CPU."""
+        twins = [branch]
         for key in keys:
             op = self.pending[key]
             following = []
@@ -256,7 +270,7 @@ class OrderSearch:
                         target.reordered += key in target.passed
                         following.append(target)
             twins = following
-        yield from twins
+        return twins
 
     def _rivals(self, branch: Branch, key: int) -> list[int]:
         """Pending operations, not yet in effect, whose order with ``key`` may matter, directly or through others."""
@@ -423,3 +437,30 @@ def _private(domain: IovaDomain, op: Operation) -> cython.bint:
     if op.kind == "alloc":
         return loaded > 0 or prev > 0
     return loaded < IOVA_MAG_SIZE or prev < IOVA_MAG_SIZE
+
+
+def _next(domain: IovaDomain, op: Operation) -> cython.ulonglong:
+    """What the magazines of its CPU would answer to the allocation ``op`` now; 0 when they would not."""
+    one: cython.ulonglong = 1
+    order: cython.int = order_of(op.size)
+    limit: cython.ulonglong = min(op.limit, domain.highest_pfn)
+    if op.kind != "alloc" or not _private(domain, op) or one << order > limit:
+        return 0
+    cpu: cython.int = op.cpus[0]
+    slot: cython.int = cpu * IOVA_RANGE_CACHE_MAX_SIZE + order
+    magazine: cython.int = domain.rcaches.loaded[slot]
+    if domain.rcaches.pool.size[magazine] == 0:
+        magazine = domain.rcaches.prev[slot]
+    at: cython.int = domain.rcaches.pool.size[magazine] - 1
+    while at >= 0:
+        pfn: cython.ulonglong = domain.rcaches.pool.pfns[magazine * IOVA_MAG_STRIDE + at]
+        if pfn <= limit + 1 - (one << order):
+            return pfn
+        at -= 1
+    return 0
+
+
+def _hopeless(domain: IovaDomain, op: Operation) -> cython.bint:
+    """Whether ``op``, taking effect now, would certainly get another answer than the recorded one."""
+    answer: cython.ulonglong = _next(domain, op)
+    return answer != 0 and op.pfn is not None and answer != op.pfn
