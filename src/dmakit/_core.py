@@ -54,6 +54,7 @@ COMPILED_MODULES = (
     "dmakit.iommu.gather",
     "dmakit.iommu.invalidation",
     "dmakit.iommu.iotlb",
+    "dmakit.iommu.lane",
     "dmakit.iommu.pagetable",
     "dmakit.iommu.port",
     "dmakit.iommu.psc",

@@ -2,6 +2,8 @@ cdef class SetCache:
     cdef readonly Py_ssize_t capacity
     cdef readonly Py_ssize_t ways
     cdef readonly Py_ssize_t sets
+    cdef unsigned long long set_mask
+    cdef int way_bits
     cdef readonly str policy
     cdef readonly bint touch
     cdef readonly unsigned long long time
@@ -13,6 +15,7 @@ cdef class SetCache:
     cdef long long[::1] live
     cdef Py_ssize_t _find(self, int did, int level, unsigned long long page) noexcept nogil
     cdef void _insert(self, int did, int level, unsigned long long page, unsigned long long value) noexcept nogil
+    cdef void _stamp(self, Py_ssize_t way) noexcept nogil
     cdef void _drop(self, Py_ssize_t way) noexcept nogil
     cdef void _drop_all(self) noexcept nogil
     cdef void _drop_domain(self, int did) noexcept nogil

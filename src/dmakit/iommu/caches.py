@@ -7,8 +7,9 @@ entry's tag packs the three (page number, domain id, level) into one 64-bit word
 searched in order.
 
 *Replacement* is declared and deterministic: ``lru`` gives up the way that was used longest ago, ``fifo`` the one that
-was filled longest ago; an empty way is always taken first. ``stamps`` holds the time of last use or of filling,
-counted in lookups and fills of this cache, never a clock.
+was filled longest ago; an empty way is always taken first. ``stamps`` holds the time of last use or of filling (0 in an
+empty way), counted in lookups and fills of this cache, never a clock; below the time stands the way's number in its
+set, so that the lowest stamp of a set names the way that gives room.
 
 Invariant: an entry is only ever removed by replacement or by an explicit drop. Nothing here looks at the tables
 again: that is what makes a forgotten invalidation visible.
@@ -60,19 +61,20 @@ class SetCache:
         self.evictions = 0
         self.tags = memoryview(array("Q", bytes(8 * entries)))
         self.values = memoryview(array("Q", bytes(8 * entries)))
-        self.stamps = memoryview(array("Q", bytes(8 * entries)))
+        self.stamps = memoryview(array("Q", (way & (ways - 1) for way in range(entries))))
+        self.set_mask = self.sets - 1
+        self.way_bits = ways.bit_length() - 1
         self.live = memoryview(array("q", bytes(8 * _LEVELS)))
 
     def _find(self, did: cython.int, level: cython.int, page: cython.ulonglong) -> cython.Py_ssize_t:
         """Index of the entry of ``page`` (a page number at ``level``), or -1. Counts as a use."""
         tag: cython.ulonglong = (page << 19) | (cython.cast(cython.ulonglong, did) << 3) | level
-        way: cython.Py_ssize_t = ((page ^ did) & (self.sets - 1)) * self.ways
+        way: cython.Py_ssize_t = ((page ^ did) & self.set_mask) << self.way_bits
         end: cython.Py_ssize_t = way + self.ways
         while way < end:
             if self.tags[way] == tag:
                 if self.touch:
-                    self.time += 1
-                    self.stamps[way] = self.time
+                    self._stamp(way)
                 return way
             way += 1
         return -1
@@ -82,14 +84,14 @@ class SetCache:
     ) -> cython.void:
         """Store ``value`` for ``page``: over its old entry, else in an empty way, else over the victim of its set."""
         tag: cython.ulonglong = (page << 19) | (cython.cast(cython.ulonglong, did) << 3) | level
-        way: cython.Py_ssize_t = ((page ^ did) & (self.sets - 1)) * self.ways
+        way: cython.Py_ssize_t = ((page ^ did) & self.set_mask) << self.way_bits
         end: cython.Py_ssize_t = way + self.ways
         victim: cython.Py_ssize_t = way
         while way < end:
             if self.tags[way] == tag:
                 victim = way
                 break
-            if self.tags[victim] != 0 and (self.tags[way] == 0 or self.stamps[way] < self.stamps[victim]):
+            if self.stamps[way] < self.stamps[victim]:
                 victim = way
             way += 1
         if self.tags[victim] != 0:
@@ -98,8 +100,7 @@ class SetCache:
             self._drop(victim)
         self.tags[victim] = tag
         self.values[victim] = value
-        self.time += 1
-        self.stamps[victim] = self.time
+        self._stamp(victim)
         self.live[level] += 1
         self.used += 1
 
@@ -108,6 +109,12 @@ class SetCache:
         self.live[self.tags[way] & 7] -= 1
         self.used -= 1
         self.tags[way] = 0
+        self.stamps[way] = way & (self.ways - 1)
+
+    def _stamp(self, way: cython.Py_ssize_t) -> cython.void:
+        """Note that a way is used or filled now."""
+        self.time += 1
+        self.stamps[way] = (self.time << self.way_bits) | (way & (self.ways - 1))
 
     def _drop_all(self) -> cython.void:
         """Empty the cache (a global invalidation)."""

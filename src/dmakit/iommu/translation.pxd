@@ -1,6 +1,7 @@
 from dmakit.iommu.devtlb cimport DeviceTlb
 from dmakit.iommu.faults cimport FaultLog
 from dmakit.iommu.iotlb cimport Iotlb
+from dmakit.iommu.lane cimport BatchLane
 from dmakit.iommu.psc cimport PagingStructureCache
 from dmakit.iommu.walker cimport Walker
 from dmakit.ledger cimport Ledger
@@ -15,6 +16,7 @@ cdef class Translator:
     cdef readonly Iotlb iotlb
     cdef readonly PagingStructureCache psc
     cdef readonly Walker walker
+    cdef BatchLane lane
     cdef readonly FaultLog fault_log
     cdef readonly list devtlbs
     cdef readonly int last_reason

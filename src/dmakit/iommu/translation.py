@@ -53,6 +53,7 @@ if cython.compiled:
     from cython.cimports.dmakit.iommu.faults import FaultLog
     from cython.cimports.dmakit.iommu.invalidation import _devtlb_mask
     from cython.cimports.dmakit.iommu.iotlb import Iotlb
+    from cython.cimports.dmakit.iommu.lane import BatchLane
     from cython.cimports.dmakit.iommu.psc import PagingStructureCache
     from cython.cimports.dmakit.iommu.walker import Walker
     from cython.cimports.dmakit.ledger import Ledger
@@ -88,6 +89,7 @@ else:
     from dmakit.iommu.faults import FaultLog
     from dmakit.iommu.invalidation import _devtlb_mask
     from dmakit.iommu.iotlb import Iotlb
+    from dmakit.iommu.lane import BatchLane
     from dmakit.iommu.psc import PagingStructureCache
     from dmakit.iommu.walker import Walker
     from dmakit.ledger import Ledger
@@ -125,6 +127,7 @@ class Translator:
         self.iotlb = Iotlb(iotlb_entries, iotlb_ways, policy)
         self.psc = PagingStructureCache(psc_entries, min(4, psc_entries), policy)
         self.walker = Walker(memory, self.psc, ledger, domains)
+        self.lane = BatchLane(self.iotlb, self.psc, memory, self.walker.contexts, ledger)
         self.fault_log = FaultLog(fault_entries)
         self.devtlbs: list[DeviceTlb] = []
         self.last_reason = 0
@@ -230,13 +233,21 @@ class Translator:
     ) -> cython.Py_ssize_t:
         """``out[i]`` = translation of ``iovas[i]`` (all ones: fault), without the GIL; the number of faults."""
         faults: cython.Py_ssize_t = 0
-        i: cython.Py_ssize_t
+        i: cython.Py_ssize_t = 0
         n: cython.Py_ssize_t = len(iovas)
+        attached: cython.bint = (
+            0 <= did < self.walker.domains and self.walker.contexts[did * CTX_WORDS + CTX_LEVELS] != 0
+        )
         with cython.nogil:
-            for i in range(n):
+            while i < n:
+                if attached:
+                    i = self.lane._run(iovas, out, i, did, write)
+                    if i == n:
+                        break
                 out[i] = self._translate(did, iovas[i], write, source)
                 if out[i] == self.no_phys:
                     faults += 1
+                i += 1
         return faults
 
     # Execution of invalidation descriptors ------------------------------------------------------------------
