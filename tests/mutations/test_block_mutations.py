@@ -74,7 +74,7 @@ MUTATIONS = (
     Mutation(
         "small-block-takes-one-more",
         "src/dmakit/nvme/prp.py",
-        "if (self.left + _LOW) >> 12 <= _PER_SMALL:",
+        "if (self.left + PAGE_MASK_LOW) >> 12 <= _PER_SMALL:",
         "if self.left >> 12 < _PER_SMALL + 1:",
         PRP,
     ),

@@ -86,3 +86,4 @@ cdef class MapCore:
     cdef void _note_bounce(self, unsigned long long iova, unsigned long long phys, unsigned long long size) noexcept with gil
     cdef int _clean_lines(self, unsigned long long phys, unsigned long long size) except -1 with gil
     cdef int _drop_lines(self, unsigned long long phys, unsigned long long size) except -1 with gil
+    cdef int _state_closed(self, object state) except -1

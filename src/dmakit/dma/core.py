@@ -156,6 +156,10 @@ class MapCore:
         assert self.events is not None
         self.events.append(("blink", iova, phys, size))
 
+    def _state_closed(self, state: object) -> cython.int:
+        """A window of this device is no longer live (a device that keeps a list overrides this)."""
+        return 0
+
     def _aligned(self, size: cython.ulonglong) -> cython.ulonglong:
         """``size`` rounded up to granules."""
         return (size + self.granule_mask) & ~self.granule_mask

@@ -1,8 +1,6 @@
 from dmakit.dma.scatter cimport SgMapping
 from dmakit.dma.windows cimport Windows
 
-cdef long long _ALL_ATTRS
-
 cdef class Device(Windows):
     cdef readonly object port
     cdef readonly object pages

@@ -15,8 +15,6 @@ its bus. Sizes are bytes. Models ``kernel/dma/mapping.c`` and ``include/linux/dm
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
-from operator import or_
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import cython
@@ -31,11 +29,11 @@ from dmakit.errors import MisuseError
 from dmakit.swiotlb.bounce import max_mapping_size
 
 if cython.compiled:
-    from cython.cimports.dmakit.dma.exact import exact
+    from cython.cimports.dmakit.dma.exact import exact, known
     from cython.cimports.dmakit.dma.scatter import SgMapping
     from cython.cimports.dmakit.dma.windows import Windows
 else:
-    from dmakit.dma.exact import exact
+    from dmakit.dma.exact import exact, known
     from dmakit.dma.scatter import SgMapping
     from dmakit.dma.windows import Windows
 
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 U64 = (1 << 64) - 1
-_ALL_ATTRS = int(reduce(or_, Attrs))
 _RCACHE_RANGE = PAGE_SIZE << 5  # iova_rcache_range(): the largest size that magazines hold
 _DEFAULTS: dict[str, Any] = {
     "domain": None,
@@ -147,7 +144,7 @@ class Device(Windows):
         way: cython.longlong = exact(direction)
         how: cython.longlong = exact(attrs)
         on: cython.longlong = exact(cpu)
-        if way < 0 or way >= DMA_NONE or how < 0 or how & ~_ALL_ATTRS or on < 0 or on >= self.ledger.cpus:
+        if not known(way, how) or way == DMA_NONE or on < 0 or on >= self.ledger.cpus:
             return False
         self.way, self.how, self.on = way, how, on
         return True
@@ -158,7 +155,6 @@ class Device(Windows):
         size: SupportsIndex,
         direction: SupportsIndex,
         attrs: SupportsIndex = 0,
-        *,
         cpu: SupportsIndex = 0,
     ) -> int:
         """Map memory for the device; returns the bus address (``dma_map_phys``)."""
@@ -189,7 +185,6 @@ class Device(Windows):
         size: SupportsIndex,
         direction: SupportsIndex,
         attrs: SupportsIndex = 0,
-        *,
         cpu: SupportsIndex = 0,
     ) -> None:
         """Undo ``map_phys``, with the same size, direction and attributes (``dma_unmap_phys``)."""

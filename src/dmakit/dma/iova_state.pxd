@@ -10,3 +10,9 @@ cdef class IovaState(IovaWindow):
     cdef public object device
     cdef void _open(self, object device, int cpu) noexcept
     cdef void _note_run(self, unsigned long long size, int direction, int attrs) noexcept
+    cdef unsigned long long start
+    cdef unsigned long long length
+    cdef int way
+    cdef int how
+    cdef int on
+    cdef bint _quick(self, object offset, object size, object direction, object attrs, object cpu) noexcept

@@ -35,8 +35,10 @@ from dmakit.dma.report import link_error
 from dmakit.errors import MisuseError
 
 if cython.compiled:
+    from cython.cimports.dmakit.dma.exact import exact, known
     from cython.cimports.dmakit.dma.window import SIZE_BITS, USE_SWIOTLB, IovaWindow
 else:
+    from dmakit.dma.exact import exact, known
     from dmakit.dma.window import SIZE_BITS, USE_SWIOTLB, IovaWindow
 
 if TYPE_CHECKING:
@@ -113,6 +115,20 @@ class IovaState(IovaWindow):
         """The CPU of a call: the window's own when none was given."""
         return int(self.cpu) if cpu is None else checked_cpu(cpu, self.core.ledger.cpus)
 
+    def _quick(self, offset: object, size: object, direction: object, attrs: object, cpu: object) -> cython.bint:
+        """Whether a call needs no further check and has no checker: ``start``, ``length`` … then hold its numbers."""
+        start: cython.longlong = exact(offset)
+        length: cython.longlong = exact(size)
+        way: cython.longlong = exact(direction)
+        how: cython.longlong = exact(attrs)
+        on: cython.longlong = self.cpu if cpu is None else exact(cpu)
+        if not self.live or self.core.checker is not None or start < 0 or length < 0 or not known(way, how):
+            return False
+        if start + length > self.size_word & SIZE_BITS or not 0 <= on < self.core.ledger.cpus:
+            return False
+        self.start, self.length, self.way, self.how, self.on = start, length, way, how, on
+        return True
+
     def link(
         self,
         phys: SupportsIndex,
@@ -120,7 +136,6 @@ class IovaState(IovaWindow):
         size: SupportsIndex,
         direction: SupportsIndex,
         attrs: SupportsIndex = 0,
-        *,
         cpu: SupportsIndex | None = None,
     ) -> None:
         """Link ``size`` bytes of memory at ``phys`` at byte ``offset`` of the window (``dma_iova_link``).
@@ -129,6 +144,27 @@ class IovaState(IovaWindow):
         the kernel's errno: EIO (starts inside a granule at offset > 0), EADDRINUSE (over a linked piece), ENXIO, EPERM
         and EOPNOTSUPP (MMIO or REQUIRE_COHERENT where a bounce or cache care is needed), ENOMEM (slot or table page).
         """
+        if self._quick(offset, size, direction, attrs, cpu) and exact(phys) >= 0 and self.length > 0:
+            place: cython.ulonglong = exact(phys)
+            error: cython.int = self._link(place, self.start, self.length, self.way, self.how, self.on)
+            if error != 0:
+                raise link_error(
+                    self.core, error, int(place), int(self.start), int(self.length), int(self.way), int(self.how)
+                )
+            self._note_piece(int(self.start), int(self.length), int(self.way), int(self.how))
+            return
+        self._link_checked(phys, offset, size, direction, attrs, cpu)
+
+    def _link_checked(
+        self,
+        phys: SupportsIndex,
+        offset: SupportsIndex,
+        size: SupportsIndex,
+        direction: SupportsIndex,
+        attrs: SupportsIndex,
+        cpu: SupportsIndex | None,
+    ) -> None:
+        """``link`` with every argument looked at, and with the checker."""
         start, length = self._check_range("link", offset, size)
         way, how, on = checked_direction(direction), checked_attrs(attrs), self._on_cpu(cpu)
         place = integer(phys)
@@ -150,6 +186,9 @@ class IovaState(IovaWindow):
         self, offset: SupportsIndex = 0, size: SupportsIndex | None = None, *, cpu: SupportsIndex | None = None
     ) -> None:
         """Make everything linked in [offset, offset+size) known to the hardware (``dma_iova_sync``); default: all."""
+        if size is not None and self._quick(offset, size, 0, 0, cpu) and self.length > 0:
+            self._sync(self.start, self.length, self.on)
+            return
         first = integer(offset)
         rest = self.size - first if size is None and first is not None else size
         start, length = self._check_range("sync", offset, rest)
@@ -165,7 +204,6 @@ class IovaState(IovaWindow):
         size: SupportsIndex,
         direction: SupportsIndex,
         attrs: SupportsIndex = 0,
-        *,
         cpu: SupportsIndex | None = None,
     ) -> None:
         """Unlink [offset, offset+size), flushed when this returns; the window stays (``dma_iova_unlink``).
@@ -186,10 +224,13 @@ class IovaState(IovaWindow):
         mapped_len: SupportsIndex,
         direction: SupportsIndex,
         attrs: SupportsIndex = 0,
-        *,
         cpu: SupportsIndex | None = None,
     ) -> None:
         """Unlink the ``mapped_len`` bytes linked from offset 0 and free the window (``dma_iova_destroy``)."""
+        if self._quick(0, mapped_len, direction, attrs, cpu):
+            self._raise_cut("destroy", self._destroy(self.length, self.way, self.how, self.on), 0, self.length)
+            self._close()
+            return
         self._check_alive("destroy")
         length = integer(mapped_len)
         if length is None or not 0 <= length <= (1 << 63 if self.core.unchecked else self.size):
@@ -244,7 +285,7 @@ class IovaState(IovaWindow):
         if self.live:
             self.live = False
             self.more = None
-            self.device._state_closed(self)
+            self.core._state_closed(self)
 
     def undo(self) -> None:
         """Unlink whatever the public ``link`` linked and free the window; harmless on a dead state."""

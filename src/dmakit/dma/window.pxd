@@ -2,8 +2,7 @@ from dmakit.dma.core cimport MapCore
 
 cdef unsigned long long USE_SWIOTLB
 cdef unsigned long long SIZE_BITS
-cdef unsigned long long _NO_BLOCK
-cdef int _BLOCK_SHIFT
+cdef unsigned long long _ALL_ONES
 cdef int _NO_IOMMU
 cdef int _IDENTITY_DOMAIN
 cdef int _IOVA_EXHAUSTED
@@ -18,6 +17,7 @@ cdef class IovaWindow:
     cdef readonly MapCore core
     cdef readonly unsigned long long addr
     cdef readonly unsigned long long size_word
+    cdef unsigned long long filled
 
     cdef unsigned long long _try_alloc(self, MapCore core, unsigned long long phys, unsigned long long size, int cpu) except? 0
     cdef unsigned long long _open_window(self, unsigned long long phys, unsigned long long size, int cpu) except? 0 nogil
@@ -43,8 +43,11 @@ cdef class IovaWindow:
     cdef Py_ssize_t _link_pieces(
         self, const unsigned long long* phys, const unsigned long long* sizes, Py_ssize_t first, Py_ssize_t end,
         unsigned long long offset, int direction, int attrs, int cpu) except? -1 nogil
-    cdef bint _plain(self, int attrs) noexcept nogil
+    cdef bint _plain(self, int direction, int attrs) noexcept nogil
     cdef unsigned long long _table_of(self, unsigned long long iova) noexcept nogil
     cdef Py_ssize_t _fill_pieces(
-        self, unsigned long long[::1] words, const unsigned long long* phys, const unsigned long long* sizes,
-        Py_ssize_t first, Py_ssize_t end, unsigned long long iova, unsigned long long table, int prot) noexcept nogil
+        self, unsigned long long* table, const unsigned long long* phys, const unsigned long long* sizes,
+        Py_ssize_t first, Py_ssize_t end, unsigned long long offset, int direction, int attrs) noexcept nogil
+    cdef bint _room(
+        self, unsigned long long* table, Py_ssize_t at, unsigned long long phys, unsigned long long size,
+        unsigned long long present, unsigned long long refused) noexcept nogil

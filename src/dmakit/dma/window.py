@@ -6,9 +6,9 @@ bytes asked for, with bit 63 = some piece was bounced). ``dma.iova_state`` tells
 Everything here runs without the GIL, returns 0 or −errno and asks no questions: like the kernel's, a destroyed
 window keeps its words and may be opened again.
 
-Linking many pieces (``_link_pieces``): the first piece in each 2 MiB goes the general way, which makes the tables.
-The following ones that are whole granules, less than 2 MiB and over empty entries need nothing but their entries and
-their counts, so they are written straight into the table that the general way left. All others go the general way.
+Linking many pieces (``_link_pieces``): a piece of whole pages, less than 2 MiB long, over empty entries of a table that
+exists needs nothing but its entries and its counts. Such pieces are written one behind the other, as far as one table
+(512 entries, 2 MiB) goes. All others go the general way, ``_link``, which makes tables and finds errors.
 
 Models ``drivers/iommu/dma-iommu.c`` (dma_iova_*).
 """
@@ -24,6 +24,7 @@ if cython.compiled:
     from cython.cimports.dmakit.consts import (
         ATTR_MMIO,
         ATTR_REQUIRE_COHERENT,
+        DMA_NONE,
         EINVAL,
         EIO,
         EOPNOTSUPP,
@@ -37,6 +38,7 @@ if cython.compiled:
         L_UNLINK_CALLS,
         PAGE_MASK_LOW,
         PAGE_SHIFT,
+        PAGE_SIZE,
     )
     from cython.cimports.dmakit.dma.core import (
         LARGE_LEAF,
@@ -50,6 +52,7 @@ else:
     from dmakit.consts import (
         ATTR_MMIO,
         ATTR_REQUIRE_COHERENT,
+        DMA_NONE,
         EINVAL,
         EIO,
         EOPNOTSUPP,
@@ -63,6 +66,7 @@ else:
         L_UNLINK_CALLS,
         PAGE_MASK_LOW,
         PAGE_SHIFT,
+        PAGE_SIZE,
     )
     from dmakit.dma.core import (
         LARGE_LEAF,
@@ -75,8 +79,7 @@ else:
 
 USE_SWIOTLB = 1 << 63
 SIZE_BITS = (1 << 63) - 1
-_NO_BLOCK = (1 << 64) - 1
-_BLOCK_SHIFT = 21  # one table of 4 KiB leaves spans 2 MiB
+_ALL_ONES = (1 << 64) - 1
 _NO_IOMMU = int(Reason.NO_IOMMU)
 _IDENTITY_DOMAIN = int(Reason.IDENTITY_DOMAIN)
 _IOVA_EXHAUSTED = int(Reason.IOVA_EXHAUSTED)
@@ -95,6 +98,7 @@ class IovaWindow:
     def __init__(self) -> None:
         self.addr = 0
         self.size_word = 0
+        self.filled = 0
 
     def _try_alloc(
         self, core: MapCore, phys: cython.ulonglong, size: cython.ulonglong, cpu: cython.int
@@ -319,95 +323,116 @@ class IovaWindow:
 
         Returns the piece that failed (``core.error`` is why, the ones before it are linked), or ``end``."""
         i: cython.Py_ssize_t = first
+        done: cython.Py_ssize_t
         error: cython.int
-        block: cython.ulonglong = _NO_BLOCK
-        iova: cython.ulonglong
-        table: cython.ulonglong = 0
-        plain: cython.bint = self._plain(attrs)
+        plain: cython.bint = self._plain(direction, attrs)
         while i < end:
-            iova = self.addr + offset
-            if iova >> _BLOCK_SHIFT != block:
-                error = self._link(phys[i], offset, sizes[i], direction, attrs, cpu)
-                if error != 0:
-                    self.core.error = error
-                    return i
-                offset += sizes[i]
-                i += 1
-                if plain:
-                    table = self._table_of(iova)
-                    block = iova >> _BLOCK_SHIFT if table != 0 else _NO_BLOCK
-                continue
-            done: cython.Py_ssize_t = self._fill_pieces(
-                self.core.memory.words, phys, sizes, i, end, iova, table, self.core._prot(direction, attrs)
-            )
-            if done == i:
-                block = _NO_BLOCK
-            while i < done:
-                offset += sizes[i]
-                i += 1
+            table: cython.ulonglong = self._table_of(self.addr + offset) if plain else 0
+            if table != 0:
+                if cython.compiled:
+                    done = self._fill_pieces(
+                        cython.address(self.core.memory.words[table]), phys, sizes, i, end, offset, direction, attrs
+                    )
+                else:
+                    done = self._fill_pieces(
+                        self.core.memory.words[table : table + 512], phys, sizes, i, end, offset, direction, attrs
+                    )
+                if done > i:
+                    offset += self.filled
+                    i = done
+                    continue
+            error = self._link(phys[i], offset, sizes[i], direction, attrs, cpu)
+            if error != 0:
+                self.core.error = error
+                return i
+            offset += sizes[i]
+            i += 1
         return end
 
-    def _plain(self, attrs: cython.int) -> cython.bint:
+    def _plain(self, direction: cython.int, attrs: cython.int) -> cython.bint:
         """Whether linking a whole granule means its entry and nothing else: no events, no cache care."""
-        if self.core.events is not None or self.core.domain.events is not None:
+        if self.core.events is not None or self.core.domain.events is not None or self.addr == 0:
             return False
-        if attrs & ATTR_REQUIRE_COHERENT or self.core._needs_cache_care(attrs):
+        if attrs & ATTR_REQUIRE_COHERENT or self.core._needs_cache_care(attrs) or direction == DMA_NONE:
             return False
         return self.core.granule_mask == PAGE_MASK_LOW and self.core.domain.table.coherent_walker
 
     def _table_of(self, iova: cython.ulonglong) -> cython.ulonglong:
-        """Word index of the table of 4 KiB leaves that translates ``iova``; 0 when it is a larger leaf or none."""
-        leaf: cython.ulonglong = self.core.domain.table._leaf(iova)
-        if leaf & 7 != 1:
+        """Word index of the table of 4 KiB leaves for ``iova``; 0 when there is none yet, or a larger leaf."""
+        table: cython.ulonglong = self.core.domain.table.root
+        level: cython.int = self.core.domain.table.levels
+        entry: cython.ulonglong
+        if iova > self.core.domain.table.aperture_last or table == 0:
             return 0
-        return (leaf >> 3) & ~511
+        while level > 1:
+            level -= 1
+            entry = self.core.memory.words[(table >> 3) + ((iova >> (PAGE_SHIFT + 9 * level)) & 511)]
+            if entry & self.core.domain.table.fmt.present_bits == 0 or entry & self.core.domain.table.fmt.large_bit:
+                return 0
+            table = entry & self.core.domain.table.fmt.address_mask
+        return table >> 3
 
     def _fill_pieces(
         self,
-        words: memoryview[int],
+        table: memoryview[int],
         phys: memoryview[int],
         sizes: memoryview[int],
         first: cython.Py_ssize_t,
         end: cython.Py_ssize_t,
-        iova: cython.ulonglong,
-        table: cython.ulonglong,
-        prot: cython.int,
+        offset: cython.ulonglong,
+        direction: cython.int,
+        attrs: cython.int,
     ) -> cython.Py_ssize_t:
-        """Write the entries of pieces from ``first`` on into ``table``; the first that needs the general way."""
+        """Write the entries of pieces from ``first`` on into ``table`` up to the first that needs the general way.
+
+        Returns that piece; ``filled`` is what was linked (bytes)."""
         i: cython.Py_ssize_t = first
-        bits: cython.ulonglong = self.core.domain.table.fmt._leaf_bits(prot)
+        bits: cython.ulonglong = self.core.domain.table.fmt._leaf_bits(self.core._prot(direction, attrs))
         present: cython.ulonglong = self.core.domain.table.fmt.present_bits
-        width: cython.int = self.core.domain.table.fmt.output_bits
-        at: cython.ulonglong = table + ((iova >> PAGE_SHIFT) & 511)
-        stop: cython.ulonglong = table + 512
-        pages: cython.ulonglong = 0
-        entry: cython.ulonglong
-        after: cython.ulonglong
+        refused: cython.ulonglong = _ALL_ONES >> self.core.domain.table.fmt.output_bits
+        refused = refused << self.core.domain.table.fmt.output_bits | PAGE_MASK_LOW
+        at: cython.Py_ssize_t = ((self.addr + offset) >> PAGE_SHIFT) & 511
+        begin: cython.Py_ssize_t = at
+        if (self.addr + offset) & PAGE_MASK_LOW != 0:
+            end = first
         while i < end:
-            entry = phys[i]
-            after = at + (sizes[i] >> PAGE_SHIFT)
-            if (
-                (iova | entry | sizes[i]) & PAGE_MASK_LOW
-                or sizes[i] == 0
-                or sizes[i] >> _BLOCK_SHIFT != 0
-                or after > stop
-            ):
+            while i < end and at < 512 and sizes[i] == PAGE_SIZE:
+                if phys[i] & refused != 0 or table[at] & present != 0:
+                    break
+                table[at] = phys[i] | bits
+                at += 1
+                i += 1
+            if i == end or not self._room(table, at, phys[i], sizes[i], present, refused):
                 break
-            if entry >> width != 0 or (entry + sizes[i] - 1) >> width != 0:
-                break
-            probe: cython.ulonglong = at
-            while probe < after and words[probe] & present == 0:
-                probe += 1
-            if probe < after:
-                break
-            entry |= bits
-            pages += after - at
-            while at < after:
-                words[at] = entry
-                entry += PAGE_MASK_LOW + 1
+            stop: cython.Py_ssize_t = at + (sizes[i] >> PAGE_SHIFT)
+            entry: cython.ulonglong = phys[i] | bits
+            while at < stop:
+                table[at] = entry
+                entry += PAGE_SIZE
                 at += 1
             i += 1
         self.core.ledger.counts[L_LINK_CALLS] += i - first
         self.core.ledger.counts[L_DOMAIN_MAPS] += i - first
-        self.core.ledger.counts[L_PTE_SET_1] += pages
+        self.core.ledger.counts[L_PTE_SET_1] += at - begin
+        self.filled = at - begin
+        self.filled <<= PAGE_SHIFT
         return i
+
+    def _room(
+        self,
+        table: memoryview[int],
+        at: cython.Py_ssize_t,
+        phys: cython.ulonglong,
+        size: cython.ulonglong,
+        present: cython.ulonglong,
+        refused: cython.ulonglong,
+    ) -> cython.bint:
+        """Whether a piece is whole pages that the table can take from entry ``at`` on, nothing being mapped there."""
+        if size == 0 or size & PAGE_MASK_LOW != 0 or size >> 21 != 0:
+            return False
+        stop: cython.Py_ssize_t = at + (size >> PAGE_SHIFT)
+        if stop > 512 or phys & refused != 0 or (phys + size - PAGE_SIZE) & refused != 0:
+            return False
+        while at < stop and table[at] & present == 0:
+            at += 1
+        return at == stop

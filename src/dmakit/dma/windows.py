@@ -16,23 +16,34 @@ from typing import Any, SupportsIndex
 
 import cython
 
+from dmakit.consts import EINVAL
 from dmakit.dma.direction import checked_attrs, checked_cpu, checked_direction, integer
 from dmakit.dma.report import link_error, window_error
 from dmakit.errors import DmakitError, MisuseError
 from dmakit.iova.arguments import words
 
 if cython.compiled:
-    from cython.cimports.dmakit.dma.exact import exact
+    from cython.cimports.dmakit.dma.exact import Words, exact, known, taken
     from cython.cimports.dmakit.dma.iova_state import IovaState
     from cython.cimports.dmakit.dma.scatter import Scatter
     from cython.cimports.dmakit.dma.window import SIZE_BITS, IovaWindow
 else:
-    from dmakit.dma.exact import exact
+    from dmakit.dma.exact import Words, exact, known, taken
     from dmakit.dma.iova_state import IovaState
     from dmakit.dma.scatter import Scatter
     from dmakit.dma.window import SIZE_BITS, IovaWindow
 
-_TOP = (1 << 64) - 1
+_ALL_ONES = (1 << 64) - 1
+_SIGN = 1 << 63  # of 0 - 1, in either form
+
+
+def _slice(items: Words, first: cython.Py_ssize_t, end: cython.Py_ssize_t) -> list[int]:
+    found = []
+    i: cython.Py_ssize_t = first
+    while i < end:
+        found.append(int(items.items[i]))
+        i += 1
+    return found
 
 
 @cython.cclass
@@ -59,15 +70,15 @@ class Windows(Scatter):
         if first >= 0 and total > 0 and 0 <= processor < self.ledger.cpus:
             return self._opened(first, total, processor)
         start, length, on = integer(phys), integer(size), checked_cpu(cpu, self.ledger.cpus)
-        if start is None or not 0 <= start <= _TOP:
+        if start is None or not 0 <= start <= _ALL_ONES:
             raise MisuseError(f"try_alloc: phys={phys!r}: must be a 64-bit address")
-        if length is None or (not 0 < length < 1 << 63 and not (self.unchecked and 0 <= length <= _TOP)):
+        if length is None or (not 0 < length < 1 << 63 and not (self.unchecked and 0 <= length <= _ALL_ONES)):
             raise MisuseError(f"try_alloc: size={size!r}: must be 1 to 2**63 - 1 bytes (bit 63 is the state's own)")
         return self._opened(start, length, on)
 
     def _opened(self, phys: cython.ulonglong, size: cython.ulonglong, cpu: cython.int) -> IovaState:
         """``try_alloc`` with checked arguments."""
-        state = IovaState()
+        state: IovaState = IovaState.__new__(IovaState) if cython.compiled else IovaState()
         if state._try_alloc(self, phys, size, cpu) != 0:
             state._open(self, cpu)
             self.states[state] = None
@@ -75,12 +86,13 @@ class Windows(Scatter):
                 self.checker.allocated(self, state)
         return state
 
-    def _state_closed(self, state: IovaState) -> None:
-        del self.states[state]
+    def _state_closed(self, state: object) -> cython.int:
+        """A window of this device is no longer live."""
+        del self.states[state]  # type: ignore[arg-type]
+        return 0
 
     # Whole windows ------------------------------------------------------------------------------------------
 
-    @cython.locals(places="const unsigned long long[::1]", lengths="const unsigned long long[::1]")
     def map_window(
         self,
         phys: object,
@@ -93,25 +105,27 @@ class Windows(Scatter):
 
         The errors are those of the single calls; after one, nothing is mapped.
         """
-        way: cython.int = checked_direction(direction)
-        how: cython.int = checked_attrs(attrs)
-        on: cython.int = checked_cpu(cpu, self.ledger.cpus)
-        places, lengths = words("phys", phys), words("sizes", sizes)
-        count: cython.Py_ssize_t = len(places)
-        if count != len(lengths) or count == 0:
-            raise MisuseError(f"phys, sizes have {count}, {len(lengths)} items: must have the same number, at least 1")
-        if self.checker is not None or self._total(places, lengths, 0, count) == 0:
-            return self._map_piecewise(list(places), list(lengths), way, how, on)
-        state: IovaState = self._opened(places[0], self._total(places, lengths, 0, count), on)
+        way: cython.longlong = exact(direction)
+        how: cython.longlong = exact(attrs)
+        on: cython.longlong = exact(cpu)
+        if not known(way, how) or not 0 <= on < self.ledger.cpus:
+            way, how, on = checked_direction(direction), checked_attrs(attrs), checked_cpu(cpu, self.ledger.cpus)
+        places: Words = taken("phys", phys, False)
+        lengths: Words = taken("sizes", sizes, False)
+        count: cython.Py_ssize_t = places.count
+        if count != lengths.count or count == 0:
+            raise MisuseError(f"phys, sizes have {count}, {lengths.count} items: must have the same number, at least 1")
+        total: cython.ulonglong = self._total(places.items, lengths.items, 0, count)
+        if self.checker is not None or total == 0:
+            return self._map_piecewise(list(words("phys", phys)), list(words("sizes", sizes)), way, how, on)
+        state: IovaState = self._opened(places.items[0], total, on)
         if not state.live:
             return state
-        done: cython.Py_ssize_t
-        with cython.nogil:
-            done = self._fill(state, places, lengths, 0, count, way, how, on)
+        done: cython.Py_ssize_t = self._fill(state, places.items, lengths.items, 0, count, total, way, how, on)
         if done < count:
             state._close()
             raise self._piece_error(places, lengths, 0, done, way, how)
-        state._note_run(state.size_word & SIZE_BITS, way, how)
+        state._note_run(total, way, how)
         return state
 
     def _map_piecewise(self, phys: list[int], sizes: list[int], direction: int, attrs: int, cpu: int) -> IovaState:
@@ -130,8 +144,6 @@ class Windows(Scatter):
             raise
         return state
 
-    @cython.locals(places="const unsigned long long[::1]", lengths="const unsigned long long[::1]")
-    @cython.locals(edges="const unsigned long long[::1]", found="unsigned long long[::1]", done=cython.Py_ssize_t)
     def map_windows(
         self,
         phys: object,
@@ -149,23 +161,25 @@ class Windows(Scatter):
         way: cython.int = checked_direction(direction)
         how: cython.int = checked_attrs(attrs)
         on: cython.int = checked_cpu(cpu, self.ledger.cpus)
-        places, lengths, edges = words("phys", phys), words("sizes", sizes), words("bounds", bounds)
-        found = words("states", states, writable=True)
-        count: cython.Py_ssize_t = len(edges) - 1
-        if len(places) != len(lengths):
-            raise MisuseError(f"phys, sizes have {len(places)}, {len(lengths)} items: must have the same number")
-        if len(found) < 2 * count:
-            raise MisuseError(f"states has {len(found)} items: needs {2 * count}")
-        if not self._ascending(edges, len(places)):
-            raise MisuseError(f"bounds: must ascend from request to request, up to the {len(places)} pieces")
+        places: Words = taken("phys", phys, False)
+        lengths: Words = taken("sizes", sizes, False)
+        edges: Words = taken("bounds", bounds, False)
+        found: Words = taken("states", states, True)
+        done: cython.Py_ssize_t
+        if places.count != lengths.count:
+            raise MisuseError(f"phys, sizes have {places.count}, {lengths.count} items: must have the same number")
+        if edges.count > 0 and found.count < 2 * (edges.count - 1):
+            raise MisuseError(f"states has {found.count} items: needs {2 * (edges.count - 1)}")
+        if not self._ascending(edges.items, edges.count, places.count):
+            raise MisuseError(f"bounds: must ascend from request to request, up to the {places.count} pieces")
         with cython.nogil:
-            done = self._map_run(places, lengths, edges, found, way, how, on)
-        if done < count:
-            error = self._window_error(places, lengths, edges[done], edges[done + 1], way, how)
-            self.unmap_windows(found[: 2 * done], way, how, on)
+            done = self._map_run(places.items, lengths.items, edges.items, edges.count - 1, found.items, way, how, on)
+        if done < edges.count - 1:
+            error = self._window_error(places, lengths, edges.items[done], edges.items[done + 1], way, how)
+            with cython.nogil:
+                self._unmap_run(found.items, done, way, how, on)
             raise error
 
-    @cython.locals(live="unsigned long long[::1]", done=cython.Py_ssize_t)
     def unmap_windows(
         self, states: object, direction: SupportsIndex, attrs: SupportsIndex = 0, cpu: SupportsIndex = 0
     ) -> None:
@@ -173,32 +187,37 @@ class Windows(Scatter):
         way: cython.int = checked_direction(direction)
         how: cython.int = checked_attrs(attrs)
         on: cython.int = checked_cpu(cpu, self.ledger.cpus)
-        live = words("states", states, writable=True)
+        live: Words = taken("states", states, True)
+        done: cython.Py_ssize_t
         with cython.nogil:
-            done = self._unmap_run(live, way, how, on)
-        if 2 * done < len(live) - 1:
-            raise MisuseError(f"states[{2 * done}]: a window at {live[2 * done]:#x} cuts a large leaf")
+            done = self._unmap_run(live.items, live.count >> 1, way, how, on)
+        if done < live.count >> 1:
+            raise MisuseError(f"states[{2 * done}]: the window at {live.items[2 * done]:#x} cuts a large leaf", EINVAL)
 
     # Internals ----------------------------------------------------------------------------------------------
 
     def _total(
         self, phys: memoryview[int], sizes: memoryview[int], first: cython.Py_ssize_t, end: cython.Py_ssize_t
     ) -> cython.ulonglong:
-        """Bytes of the pieces ``first`` to ``end`` − 1; 0 when one of them, or the sum, is out of range."""
+        """Bytes of the pieces ``first`` to ``end`` − 1; 0 when an address or a size is none of this world's."""
         i: cython.Py_ssize_t = first
         total: cython.ulonglong = 0
+        high: cython.ulonglong = 0
+        longest: cython.ulonglong = 0
+        empty: cython.ulonglong = 0
         while i < end:
-            if sizes[i] == 0 or sizes[i] >> 62 != 0 or phys[i] >> 63 != 0:
-                return 0
             total += sizes[i]
-            if total >> 62 != 0:
-                return 0
+            high |= phys[i]
+            longest |= sizes[i]
+            empty |= sizes[i] - 1
             i += 1
+        if high >> 62 != 0 or longest >> 40 != 0 or empty & _SIGN != 0 or end - first >= 1 << 22:
+            return 0
         return total
 
-    def _ascending(self, bounds: memoryview[int], pieces: cython.Py_ssize_t) -> cython.bint:
+    def _ascending(self, bounds: memoryview[int], count: cython.Py_ssize_t, pieces: cython.ulonglong) -> cython.bint:
         i: cython.Py_ssize_t = 1
-        while i < len(bounds):
+        while i < count:
             if bounds[i] <= bounds[i - 1] or bounds[i] > pieces:
                 return False
             i += 1
@@ -211,24 +230,19 @@ class Windows(Scatter):
         sizes: memoryview[int],
         first: cython.Py_ssize_t,
         end: cython.Py_ssize_t,
+        total: cython.ulonglong,
         direction: cython.int,
         attrs: cython.int,
         cpu: cython.int,
     ) -> cython.Py_ssize_t:
         """Link the pieces into a fresh window and sync; on failure it is destroyed, and the piece is returned."""
-        done: cython.Py_ssize_t
-        if cython.compiled:
-            done = window._link_pieces(
-                cython.address(phys[0]), cython.address(sizes[0]), first, end, 0, direction, attrs, cpu
-            )
-        else:
-            done = window._link_pieces(phys, sizes, first, end, 0, direction, attrs, cpu)
+        done: cython.Py_ssize_t = window._link_pieces(phys, sizes, first, end, 0, direction, attrs, cpu)
         if done < end:
             why: cython.int = self.error
             window._destroy(self._total(phys, sizes, first, done), direction, attrs, cpu)
             self.error = why
             return done
-        window._sync(0, window.size_word & SIZE_BITS, cpu)
+        window._sync(0, total, cpu)
         return end
 
     def _map_run(
@@ -236,6 +250,7 @@ class Windows(Scatter):
         phys: memoryview[int],
         sizes: memoryview[int],
         bounds: memoryview[int],
+        count: cython.Py_ssize_t,
         states: memoryview[int],
         direction: cython.int,
         attrs: cython.int,
@@ -243,16 +258,17 @@ class Windows(Scatter):
     ) -> cython.Py_ssize_t:
         """How many requests were mapped; when fewer than all, ``failed_at`` is the piece (or −1: no window)."""
         i: cython.Py_ssize_t = 0
-        count: cython.Py_ssize_t = len(bounds) - 1
+        end: cython.Py_ssize_t
         total: cython.ulonglong
         while i < count:
+            end = bounds[i + 1]
+            total = self._total(phys, sizes, bounds[i], end)
             self.failed_at = -1
-            total = self._total(phys, sizes, bounds[i], bounds[i + 1])
+            self.oversized = total == 0
             if total == 0 or self.window._open_window(phys[bounds[i]], total, cpu) == 0:
-                self.oversized = total == 0
                 return i
-            self.failed_at = self._fill(self.window, phys, sizes, bounds[i], bounds[i + 1], direction, attrs, cpu)
-            if self.failed_at < bounds[i + 1]:
+            self.failed_at = self._fill(self.window, phys, sizes, bounds[i], end, total, direction, attrs, cpu)
+            if self.failed_at < end:
                 return i
             states[2 * i] = self.window.addr
             states[2 * i + 1] = self.window.size_word
@@ -260,11 +276,15 @@ class Windows(Scatter):
         return i
 
     def _unmap_run(
-        self, states: memoryview[int], direction: cython.int, attrs: cython.int, cpu: cython.int
+        self,
+        states: memoryview[int],
+        count: cython.Py_ssize_t,
+        direction: cython.int,
+        attrs: cython.int,
+        cpu: cython.int,
     ) -> cython.Py_ssize_t:
         """How many windows were destroyed; fewer than all when a large leaf was cut."""
         i: cython.Py_ssize_t = 0
-        count: cython.Py_ssize_t = len(states) >> 1
         while i < count:
             self.window.addr = states[2 * i]
             self.window.size_word = states[2 * i + 1]
@@ -277,18 +297,18 @@ class Windows(Scatter):
         return i
 
     def _piece_error(
-        self, phys: memoryview[int], sizes: memoryview[int], first: int, piece: int, direction: int, attrs: int
+        self, phys: Words, sizes: Words, first: int, piece: int, direction: int, attrs: int
     ) -> DmakitError:
         """Why a piece could not be linked."""
-        linked = int(sum(sizes[first:piece]))
-        return link_error(self, int(self.error), int(phys[piece]), linked, int(sizes[piece]), direction, attrs)
+        linked = int(sum(_slice(sizes, first, piece)))
+        at: cython.Py_ssize_t = piece
+        place, length = int(phys.items[at]), int(sizes.items[at])
+        return link_error(self, int(self.error), place, linked, length, direction, attrs)
 
-    def _window_error(
-        self, phys: memoryview[int], sizes: memoryview[int], first: int, end: int, direction: int, attrs: int
-    ) -> DmakitError:
+    def _window_error(self, phys: Words, sizes: Words, first: int, end: int, direction: int, attrs: int) -> DmakitError:
         """Why a request of a batch could not be mapped."""
         if self.failed_at >= 0:
             return self._piece_error(phys, sizes, first, int(self.failed_at), direction, attrs)
         if self.oversized:
-            return MisuseError(f"pieces {first} to {end - 1}: each must be above 0 bytes, below 2**62 in sum")
-        return window_error(self, int(sum(sizes[first:end])))
+            return MisuseError(f"pieces {first} to {end - 1}: each must be 1 to 2**40 - 1 bytes, below 2**62")
+        return window_error(self, int(sum(_slice(sizes, first, end))))

@@ -1,8 +1,5 @@
 from dmakit.nvme.pool cimport Block, DescriptorPool
 
-cdef unsigned long long _PAGE
-cdef unsigned long long _LOW
-cdef int _PER_PAGE
 cdef int _PER_SMALL
 cdef unsigned long long _MAX_TOTAL
 cdef int _BAD_OFFSET

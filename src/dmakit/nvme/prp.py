@@ -30,15 +30,12 @@ from dmakit.nvme.pool import words_of
 from dmakit.nvme.spec import Status
 
 if cython.compiled:
-    from cython.cimports.dmakit.consts import EIO
+    from cython.cimports.dmakit.consts import EIO, PAGE_MASK_LOW, PAGE_SIZE
     from cython.cimports.dmakit.nvme.pool import Block, DescriptorPool
 else:
-    from dmakit.consts import EIO
+    from dmakit.consts import EIO, PAGE_MASK_LOW, PAGE_SIZE
     from dmakit.nvme.pool import Block, DescriptorPool
 
-_PAGE = 4096
-_LOW = 4095
-_PER_PAGE = 512
 _PER_SMALL = 32
 _MAX_TOTAL = (1 << 32) - 1
 _BAD_OFFSET = int(Status.PRP_OFFSET_INVALID)
@@ -54,7 +51,7 @@ def _run(words: memoryview[int], count: cython.Py_ssize_t, addr: cython.ulonglon
     i: cython.Py_ssize_t = 0
     while i < count:
         words[i] = addr
-        addr += _PAGE
+        addr += PAGE_SIZE
         i += 1
 
 
@@ -86,26 +83,26 @@ class PrpWriter:
         """
         take: cython.ulonglong
         while length > 0:
-            if self.stage == 2 and addr & _LOW == 0:
+            if self.stage == 2 and addr & PAGE_MASK_LOW == 0:
                 take = self._pages(addr, length if length < self.left else self.left)
                 addr += take
                 length -= take
                 if length == 0:
                     break
-            take = _PAGE - (addr & _LOW)
+            take = PAGE_SIZE - (addr & PAGE_MASK_LOW)
             if take > self.left:
                 take = self.left
-            if take == 0 or length < take or (self.stage != 0 and addr & _LOW != 0):
+            if take == 0 or length < take or (self.stage != 0 and addr & PAGE_MASK_LOW != 0):
                 return -EIO
             if self.stage == 0:
                 self.prp1 = addr
                 self.stage = 1
-            elif self.stage == 1 and self.left <= _PAGE:
+            elif self.stage == 1 and self.left <= PAGE_SIZE:
                 self.prp2 = addr
             else:
                 if self.stage == 1:
                     self._open()
-                elif self.slot == _PER_PAGE:
+                elif self.slot == 512:
                     self._chain()
                 self.block.words[self.slot] = addr
                 self.slot += 1
@@ -118,8 +115,8 @@ class PrpWriter:
     def _pages(self, addr: cython.ulonglong, length: cython.ulonglong) -> cython.ulonglong:
         """Write the whole pages of a range into what is free of the list block; returns their bytes."""
         count: cython.Py_ssize_t = length >> 12
-        if count > _PER_PAGE - self.slot:
-            count = _PER_PAGE - self.slot
+        if count > 512 - self.slot:
+            count = 512 - self.slot
         if count <= 0:
             return 0
         if cython.compiled:
@@ -136,7 +133,7 @@ class PrpWriter:
     def _open(self) -> cython.int:
         """Take the first list block; small when everything that is left fits in it."""
         block: Block
-        if (self.left + _LOW) >> 12 <= _PER_SMALL:
+        if (self.left + PAGE_MASK_LOW) >> 12 <= _PER_SMALL:
             block = self.small._alloc()
         else:
             block = self.large._alloc()
@@ -284,8 +281,8 @@ class PrpWalker:
         self._entry(prp1)
         if self.left == 0:
             return
-        if self.left <= _PAGE:
-            if prp2 & _LOW != 0:
+        if self.left <= PAGE_SIZE:
+            if prp2 & PAGE_MASK_LOW != 0:
                 self.status = _BAD_OFFSET
             else:
                 self._entry(prp2)
@@ -296,7 +293,7 @@ class PrpWalker:
 
     def _entry(self, addr: cython.ulonglong) -> cython.void:
         """Memory from ``addr`` to the end of its page, or of the data."""
-        take: cython.ulonglong = _PAGE - (addr & _LOW)
+        take: cython.ulonglong = PAGE_SIZE - (addr & PAGE_MASK_LOW)
         if take > self.left:
             take = self.left
         if self.count > 0 and self.addr[self.count - 1] + self.length[self.count - 1] == addr:
@@ -311,8 +308,8 @@ class PrpWalker:
 
     def _want(self, addr: cython.ulonglong) -> cython.void:
         """Ask for the entries of the list at ``addr``: all that are needed, or all up to the end of its page."""
-        needed: cython.ulonglong = (self.left + _LOW) >> 12
-        room: cython.ulonglong = (_PAGE - (addr & _LOW)) >> 3
+        needed: cython.ulonglong = (self.left + PAGE_MASK_LOW) >> 12
+        room: cython.ulonglong = (PAGE_SIZE - (addr & PAGE_MASK_LOW)) >> 3
         self.list_addr = addr
         self.list_entries = needed if needed < room else room
 
@@ -322,10 +319,10 @@ class PrpWalker:
         entries: cython.int = self.list_entries
         self.list_entries = 0
         for at in range(entries):
-            if words[at] & _LOW != 0:
+            if words[at] & PAGE_MASK_LOW != 0:
                 self.status = _BAD_OFFSET
                 return
-            if at == entries - 1 and self.left > _PAGE:
+            if at == entries - 1 and self.left > PAGE_SIZE:
                 self._want(words[at])
                 return
             self._entry(words[at])
