@@ -15,7 +15,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and print; status 1 when any byte differs."""
-    from dmakit.cli.output import write_json
+    from dmakit.cli.output import check_json, write_json
     from dmakit.errors import InputError
     from dmakit.lab.compare import compare
     from dmakit.lab.report import print_comparison
@@ -24,12 +24,17 @@ def run(args: argparse.Namespace) -> int:
     for name in args.strategy or ():
         if name not in STRATEGIES:
             raise InputError(f"--strategy {name}: must be one of {', '.join(STRATEGIES)}")
+    check_json(args.json)
     options, source = labargs.options_of(args), labargs.source_of(args)
-    comparison = compare(source, options, args.strategy, labargs.progress())
+    comparison = compare(source, options, _once(args.strategy), labargs.progress())
     comparison.replay = source.replay_score()
-    if args.json:
+    if args.json is not None:
         write_json(comparison.report(), args.json)
     if args.json != "-":
-        words = ["dmakit explain", args.input or "", options.command_line(labargs.base_options(args))]
-        print_comparison(comparison, " ".join(word for word in words if word))
+        print_comparison(comparison, labargs.explain_command(args, options))
     return 1 if comparison.wrong else 0
+
+
+def _once(names: list[str] | None) -> list[str] | None:
+    """Each name once, in the order given."""
+    return list(dict.fromkeys(names)) if names else names

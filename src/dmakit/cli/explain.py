@@ -16,15 +16,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Explain and print."""
-    from dmakit.cli.output import write_json
+    from dmakit.cli.output import check_json, write_json
     from dmakit.lab.explain import explain
     from dmakit.lab.report import print_detail, print_explanation
 
+    check_json(args.json)
     options, source = labargs.options_of(args), labargs.source_of(args)
     found = explain(source, options, labargs.progress())
     detail = found.of_request(args.request) if args.request is not None else None
-    lines = found.of_reason(args.reason) if args.reason else [detail.line] if detail else found.lines
-    if args.json:
+    lines = found.of_reason(args.reason) if args.reason is not None else [detail.line] if detail else found.lines
+    if args.json is not None:
         document: dict[str, object] = {
             "input": source.name,
             "options": options.describe(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -62,6 +63,8 @@ def options_of(args: argparse.Namespace) -> Options:
     from dmakit.lab.options import EMBEDDED
 
     base = base_options(args)
+    if args.iommu == "none" and args.mode == "lazy":
+        raise InputError("--iommu none --mode lazy: without an IOMMU there is nothing to invalidate")
     if args.platform == "embedded":
         for flag, given in (("--iommu", args.iommu), ("--mode", args.mode), ("--p2p", args.p2p)):
             if given is not None:
@@ -81,6 +84,13 @@ def options_of(args: argparse.Namespace) -> Options:
         checker=args.checker,
     )
     return chosen.check()
+
+
+def explain_command(args: argparse.Namespace, options: Options) -> str:
+    """The command that explains the same run, ready to be copied into a shell."""
+    words = ["dmakit explain", shlex.quote(args.input) if args.input else ""]
+    words += [f"--boot {shlex.quote(str(args.boot))}" if args.boot else "", options.command_line(base_options(args))]
+    return " ".join(word for word in words if word)
 
 
 def source_of(args: argparse.Namespace) -> Source:

@@ -2,15 +2,18 @@
 
 A verb module has ``HELP`` (one line), ``configure(parser)`` and ``run(args) -> int``; whatever is heavy it
 imports inside ``run``. The verb table below is data, so that ``dmakit --help`` imports nothing but argparse.
-Exit status: 0 well, 1 the answer is bad news (a byte differs, a replay diverges), 2 bad input or options.
+Exit status: 0 well, 1 the answer is bad news (a byte differs, a replay diverges), 2 bad input or options,
+128 + the signal's number when standard output was closed (SIGPIPE) or the user interrupted (SIGINT).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 import dmakit
 
@@ -25,9 +28,17 @@ VERBS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Value and rule, and where the options are explained; status 2."""
+        self.exit(2, f"{self.prog}: {message}; see: {self.prog} --help\n")
+
+
 def parser_for(argv: list[str]) -> argparse.ArgumentParser:
     """The parser; only the verb that is called is loaded."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dmakit",
         description="The Linux DMA-mapping stack in user space.",
         epilog="'dmakit VERB --help' explains a verb. Start with: dmakit compare",
@@ -59,12 +70,22 @@ def run(argv: list[str]) -> int:
         print(f"dmakit: {error}", file=sys.stderr)
         return 2
     except MemoryError:
-        print("dmakit: memory exhausted: use a smaller workload (fewer requests) or a smaller --ram", file=sys.stderr)
+        print("dmakit: memory exhausted: use a smaller workload (fewer requests, smaller blocks)", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        _drop_output()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        _drop_output()
+        print(f"dmakit: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the status is settled: a second one has nothing to stop
         print("dmakit: interrupted", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     return status
+
+
+def _drop_output() -> None:
+    """What is still buffered goes nowhere: the flush at exit must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

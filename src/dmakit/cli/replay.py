@@ -36,20 +36,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="traces: run the DMA API calls themselves on the whole stack and compare what they cause"
         " (invalidations, scatterlists, bounce slots) instead of the allocator alone",
     )
-    parser.add_argument("--json", metavar="PATH", help="write the results as JSON to PATH (- for standard output)")
+    parser.add_argument(
+        "--json", metavar="PATH|-", help="write the results as JSON to a file, or - for standard output"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Replay every file; 1 when any answer differs."""
-    from dmakit.cli.output import write_json
+    from dmakit.cli.output import check_json, write_json
+    from dmakit.dma.defects import defects_of
 
+    check_json(args.json)
+    defects_of(tuple(args.defect))
     reports = []
     for path in args.files:
         report = _replay(path, args)
         reports.append(report)
         if args.json != "-":
             print(report.render(), flush=True)
-    if args.json:
+    if args.json is not None:
         write_json([report.as_json() for report in reports], args.json)
     return 0 if all(report.explained for report in reports) else 1
 

@@ -7,9 +7,11 @@ result can be run again by copying one line.
 from __future__ import annotations
 
 import sys
+import textwrap
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dmakit import _core
 from dmakit.lab.compare import Comparison, StrategyResult, deciding
@@ -18,11 +20,29 @@ from dmakit.lab.explain import Detail, Line
 from dmakit.lab.profile import NOT_PRICED, PUBLISHED
 
 COLUMNS = ("strategy", "IOVA m/d/t", "PTEs", "tables", "inval", "waits", "bounced", "descr", "kept B", "modelled ns")
+NARROW = {"IOVA m/d/t": "IOVA\nm/d/t", "tables": "ta-\nbles", "bounced": "boun-\nced", "kept B": "kept\nB"}
+NARROW["modelled ns"] = "modelled\nns"
+
+
+class Output(Console):
+    """A console that leaves a closed pipe to the command line, which knows the exit status for it."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich inside its handler of BrokenPipeError."""
+        raise  # noqa: PLE0704 - the handler is the caller
 
 
 def console() -> Console:
     """Standard output; colour only on a terminal, a fixed width otherwise."""
-    return Console(width=None if sys.stdout.isatty() else 118, highlight=False, soft_wrap=False)
+    return Output(width=None if sys.stdout.isatty() else 118, highlight=False, soft_wrap=False)
+
+
+def say(out: Console, text: str, style: str = "") -> None:
+    """A line of text as it is: on a terminal wrapped under its own indent, elsewhere in one piece."""
+    if out.is_terminal and len(text) > out.width:
+        deeper = " " * (len(text) - len(text.lstrip()) + 4)
+        text = textwrap.fill(text, out.width, subsequent_indent=deeper, break_long_words=False, break_on_hyphens=False)
+    out.print(text, style=style, markup=False, soft_wrap=True)
 
 
 def number(value: float) -> str:
@@ -57,11 +77,24 @@ def row_of(result: StrategyResult) -> list[str]:
     ]
 
 
-def comparison_table(comparison: Comparison) -> Table:
+def print_table(out: Console, comparison: Comparison) -> None:
+    """The table, closer together where it would not fit; a figure is never cut."""
+    free = out.options.update(max_width=1000)
+    table = comparison_table(comparison)
+    if out.measure(table, options=free).maximum > out.width:
+        table = comparison_table(comparison, narrow=True)
+    out.print(table, width=out.measure(table, options=free).maximum, crop=False)
+
+
+def comparison_table(comparison: Comparison, *, narrow: bool = False) -> Table:
     """One row a strategy, figures per request."""
-    table = Table(title=None, box=None, pad_edge=False, header_style="bold")
+    table = Table(title=None, box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0) if narrow else (0, 1))
     for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
+        table.add_column(
+            NARROW.get(name, name) if narrow else name,
+            justify="left" if name == "strategy" else "right",
+            no_wrap=True,
+        )
     best = comparison.cheapest()
     for result in comparison.results:
         if not result.unavailable:
@@ -88,21 +121,22 @@ def print_comparison(comparison: Comparison, command: str) -> None:
     first = next((result for result in comparison.results if result.requests), None)
     options = comparison.options
     where = f"{options.iommu}, {options.mode}" if options.iommu != "none" else "no IOMMU"
-    out.print(f"[bold]{comparison.input}[/bold]  ({where}, policy {options.policy}, seed {options.seed})")
+    say(out, f"{comparison.input}  ({where}, policy {options.policy}, seed {options.seed})", style="bold")
     if first is not None:
         out.print(f"{first.requests} requests, {first.size:,} bytes; figures per request\n")
-    out.print(comparison_table(comparison))
+    print_table(out, comparison)
     for result in comparison.results:
         if result.unavailable:
-            out.print(f"{result.name}: not run: {result.unavailable}", style="dim", markup=False)
-    out.print(
+            say(out, f"{result.name}: not run: {result.unavailable}", style="dim")
+    say(
+        out,
         f"IOVA m/d/t: allocations from magazine, depot, tree. modelled ns: profile '{PUBLISHED.name}' "
         f"(docs/profiles.md), without {', '.join(NOT_PRICED)}.",
         style="dim",
     )
     out.print("\npaths taken (! = not a fast path)")
     for line in path_lines(comparison):
-        out.print(line, markup=False)
+        say(out, line)
     print_takeaways(out, comparison, command)
 
 
@@ -118,17 +152,17 @@ def print_takeaways(out: Console, comparison: Comparison, command: str) -> None:
         if result.failed:
             out.print(f"{result.name}: {result.failed} requests could not be mapped")
     slow = next((r.paths.slow() for r in ran if r.name == "two-step" and r.paths is not None), 0)
-    out.print(f"requests that left the fast path (two-step): {slow}; explained by: {command}", markup=False)
+    say(out, f"requests that left the fast path (two-step): {slow}; explained by: {command}")
     print_winner(out, comparison)
     case = CASES.get(comparison.input.removeprefix("case:"))
     prices = {result.name: result.modelled_ns for result in ran}
     if case is not None and {case.winner or "premap", case.loser or "page", "two-step"} <= set(prices):
-        out.print(verdict(case, prices), markup=False)
+        say(out, verdict(case, prices))
     core = _core.status()["running"]
     spent = ", ".join(f"{result.name} {result.simulator_ns / 1e6:,.0f} ms" for result in ran)
-    out.print(f"time of dmakit's own code ({core} core), never the kernel's: {spent}", style="dim")
+    say(out, f"time of dmakit's own code ({core} core), never the kernel's: {spent}", style="dim")
     for note in comparison.notes:
-        out.print(f"not knowable from this trace: {note}", style="dim", markup=False)
+        say(out, f"not knowable from this trace: {note}", style="dim")
 
 
 def print_winner(out: Console, comparison: Comparison) -> None:
@@ -148,7 +182,7 @@ def print_winner(out: Console, comparison: Comparison) -> None:
         why = "; ".join(
             f"{name} {a / winner.requests:.3g} against {b / losers[0].requests:.3g}" for name, a, b, _ in rows
         )
-        out.print(f"  against {losers[0].name}, the counters that decide (per request): {why}", markup=False)
+        say(out, f"  against {losers[0].name}, the counters that decide (per request): {why}")
 
 
 def print_detail(detail: Detail) -> None:
@@ -172,14 +206,15 @@ def print_explanation(lines: list[Line], total: int, *, examples: bool = False) 
     for line in lines:
         share = f"{line.count} of {total}"
         kind = "fast" if line.fast else "SLOW"
-        out.print(f"[bold]{line.path}[/bold]: {line.reason.name}  {share} requests, {kind} path")
-        out.print(f"    rule: {line.rule.text}", markup=False)
+        head = Text.assemble((line.path, "bold"), f": {line.reason.name}  {share} requests, {kind} path")
+        out.print(head, soft_wrap=True)
+        say(out, f"    rule: {line.rule.text}")
         if not line.fast:
-            out.print(f"    fast: {line.rule.remedy}", markup=False)
+            say(out, f"    fast: {line.rule.remedy}")
         phases = ", ".join(f"{name} {count}" for name, count in line.phases if name)
         if phases:
-            out.print(f"    phases: {phases}", style="dim", markup=False)
+            say(out, f"    phases: {phases}", style="dim")
         if examples:
-            out.print(f"    requests: {', '.join(map(str, line.examples))} … (--request N)", markup=False)
+            say(out, f"    requests: {', '.join(map(str, line.examples))} … (--request N)")
         if line.rule.source:
-            out.print(f"    source: {line.rule.source}", style="dim", markup=False)
+            say(out, f"    source: {line.rule.source}", style="dim")
