@@ -1,0 +1,104 @@
+"""The generated C: no Python in the functions that are declared to need none.
+
+Whatever a ``.pxd`` declares ``nogil`` is an inner loop or is called from one. Cython refuses most Python operations
+there, but not all: an untyped value that is handed to a typed view inside ``with nogil`` is converted without the GIL,
+in silence, and a plain import of a compiled class turns its calls into Python's. So the C is read: a function that
+does not take the GIL itself (to note an event, to raise) may call nothing of Python's API.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dmakit import _core
+
+ROOT = Path(__file__).resolve().parents[2]
+DECLARED = re.compile(r"^(\s*)cdef\s+(?!class\b|enum\b|extern\b)[^(=]*?(\w+)\((.*?)\)([^()\n]*)$", re.S | re.M)
+CALL = re.compile(r"\b(_?Py[A-Z_]\w*|__Pyx_\w+|__PYX_XCLEAR_MEMVIEW)\s*\(")
+HARMLESS = {
+    "__Pyx_MemoryView_Len",
+    "__Pyx_RefNannySetupContext",
+    "__Pyx_RefNannyFinishContext",
+    "__Pyx_FastGIL_Remember",
+    "__Pyx_FastGIL_Forget",
+    "PyEval_SaveThread",
+    "PyEval_RestoreThread",
+}
+TAKES_THE_GIL = "PyGILState_Ensure"
+HOT = {
+    "iommu.bitmap": {"_count", "_merge", "_take", "_clear", "_emit", "_coarsen", "_refine"},
+    "iommu.dirty": {"_run", "_scan", "_record"},
+    "bench.native": {"_fill", "_walk"},
+    "iommu.pagetable": {"_map", "_unmap", "_leaf"},
+    "iommu.translation": {"_translate", "_resolve"},
+    "iova.rcache": {"_get", "_put"},
+    "iova.tree": {"_find", "_insert_before", "_remove"},
+    "trace.scanner": {"_number", "_stamp"},
+}
+
+
+def generated(module: str) -> str:
+    """The C of a module; the test is skipped when it was not generated here, or not from this source."""
+    path = ROOT / "build" / "cython" / "src" / Path(*module.split(".")).with_suffix(".c")
+    if not path.exists() or _core.recorded_digests().get(module) != _core.source_digest(module):
+        pytest.skip("no C of this source here (./dmakit build)")
+    return path.read_text()
+
+
+def declared(module: str) -> list[tuple[str, str]]:
+    """(mangled name, name) of the functions that the module's .pxd declares nogil."""
+    text = _core.source_of(module).with_suffix(".pxd").read_text()
+    prefix = "__pyx_f_" + "_".join(f"{len(part)}{part}" for part in module.split("."))
+    found: list[tuple[str, str]] = []
+    for match in DECLARED.finditer(text):
+        if "nogil" not in match.group(4):
+            continue
+        owner = ""
+        if match.group(1).strip("\n"):
+            owner = re.findall(r"^cdef class (\w+)", text[: match.start()], re.M)[-1]
+            owner = f"_{len(owner)}{owner}"
+        found.append((f"{prefix}{owner}_{match.group(2)}", match.group(2)))
+    return found
+
+
+def bodies(code: str) -> dict[str, str]:
+    """C function name to its body, comments and lines of the preprocessor taken out."""
+    code = re.sub(r"/\*.*?\*/", "", code, flags=re.S)
+    code = re.sub(r"^[ \t]*#.*$", "", code, flags=re.M)
+    return {
+        m.group(1): m.group(2) for m in re.finditer(r"^\w[^\n;]*?\b(\w+)\([^\n]*\) \{\n(.*?)^\}", code, re.S | re.M)
+    }
+
+
+@pytest.mark.parametrize("module", _core.COMPILED_MODULES)
+def test_functions_without_the_gil_call_nothing_of_pythons(module: str) -> None:
+    found = bodies(generated(module))
+    wrong: dict[str, set[str]] = {}
+    for mangled, name in declared(module):
+        body = found.get(mangled)
+        if body is None or TAKES_THE_GIL in body:
+            continue
+        calls = set(CALL.findall(body)) - HARMLESS
+        if calls:
+            wrong[name] = calls
+    assert not wrong
+
+
+@pytest.mark.parametrize("module", _core.COMPILED_MODULES)
+def test_nothing_is_converted_where_the_gil_was_let_go(module: str) -> None:
+    code = generated(module)
+    for block in re.findall(r"PyEval_SaveThread\(\);(.*?)/\*finally:\*/", code, re.S):
+        assert "__Pyx_PyObject_to_MemoryviewSlice" not in block, block[:300]
+
+
+@pytest.mark.parametrize("module", HOT)
+def test_the_hot_functions_are_among_those_that_are_read(module: str) -> None:
+    code = bodies(generated(f"dmakit.{module}"))
+    names = {name: mangled for mangled, name in declared(f"dmakit.{module}")}
+    assert set(names) >= HOT[module]
+    for name in HOT[module]:
+        assert names[name] in code, f"{name}: no body found in the C"
+        assert TAKES_THE_GIL not in code[names[name]], f"{name} takes the GIL"
