@@ -24,6 +24,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -90,7 +91,7 @@ COMPILED_MODULES = (
 
 PACKAGE = Path(__file__).resolve().parent
 REBUILD = "./dmakit build"
-_CIMPORT = re.compile(r"(?:cython\.cimports\.|from +)(dmakit(?:\.\w+)+) +c?import")
+_CIMPORT = re.compile(rb"(?:cython\.cimports\.|from +)(dmakit(?:\.\w+)+) +c?import")
 
 
 class CoreError(ImportError):
@@ -112,9 +113,19 @@ def extension_of(module: str) -> Path | None:
     return None
 
 
+@cache
+def _source(path: Path) -> tuple[bytes, tuple[Path, ...]]:
+    """A source file (empty when it is not there) and the .pxd files that it cimports."""
+    if not path.exists():
+        return b"", ()
+    text = path.read_bytes()
+    names = {name.decode() for name in _CIMPORT.findall(text)}
+    return text, tuple(source_of(name).with_suffix(".pxd") for name in sorted(names))
+
+
 def source_digest(module: str) -> str:
     """Digest of what the compiled form of ``module`` depends on: its .py and every .pxd it cimports."""
-    digest = hashlib.sha256(source_of(module).read_bytes())
+    digest = hashlib.sha256(_source(source_of(module))[0])
     seen: set[Path] = set()
     queue = [source_of(module).with_suffix(".pxd"), source_of(module)]
     while queue:
@@ -122,10 +133,10 @@ def source_digest(module: str) -> str:
         if path in seen or not path.exists():
             continue
         seen.add(path)
-        text = path.read_text()
+        text, more = _source(path)
         if path.suffix == ".pxd":
-            digest.update(path.read_bytes())
-        queue += sorted(source_of(name).with_suffix(".pxd") for name in _CIMPORT.findall(text))
+            digest.update(text)
+        queue += more
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from dmakit.consts import SCAN_HEAD, SCAN_LOST
 from dmakit.errors import InputError
-from dmakit.trace.archive import line_chunks
+from dmakit.trace.archive import CHUNK, line_chunks
 from dmakit.trace.events import ABSENT, EVENTS, KIND
 from dmakit.trace.scanner import Scanner
 
@@ -236,6 +236,17 @@ def _table(kind: int, block: Words) -> Table:
     names = ["count"] if kind == SCAN_LOST else list(_columns(kind))
     columns = {name: block[SCAN_HEAD + slot] for slot, name in enumerate(names)}
     return Table("lost" if kind == SCAN_LOST else EVENTS[kind].name, whole[0], common, columns)
+
+
+def columns_of(text: bytes) -> Trace:
+    """The trace that ``text`` is."""
+    builder = _Builder("")
+    begin = 0
+    while begin < len(text):
+        end = text.rfind(b"\n", begin, begin + CHUNK) + 1 or len(text)
+        builder.add(text[begin:end])
+        begin = end
+    return builder.finish()
 
 
 def load(path: str | Path) -> Trace:
