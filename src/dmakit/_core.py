@@ -71,6 +71,7 @@ COMPILED_MODULES = (
     "dmakit.iova.magazine",
     "dmakit.iova.rcache",
     "dmakit.iova.search",
+    "dmakit.iova.shared",
     "dmakit.iova.tree",
     "dmakit.ledger",
     "dmakit.memory.pages",

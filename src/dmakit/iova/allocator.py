@@ -32,7 +32,9 @@ if cython.compiled:
         IOVA_NIL,
         IOVA_RANGE_CACHE_MAX_SIZE,
         L_IOVA_FAILED,
+        L_IOVA_FREE_MAGAZINE,
         L_IOVA_FREE_TREE,
+        L_IOVA_MAGAZINE,
         L_IOVA_TREE,
         L_LOCK_DEPOT,
         L_LOCK_RBTREE,
@@ -52,7 +54,9 @@ else:
         IOVA_NIL,
         IOVA_RANGE_CACHE_MAX_SIZE,
         L_IOVA_FAILED,
+        L_IOVA_FREE_MAGAZINE,
         L_IOVA_FREE_TREE,
+        L_IOVA_MAGAZINE,
         L_IOVA_TREE,
         L_LOCK_DEPOT,
         L_LOCK_RBTREE,
@@ -269,6 +273,7 @@ class IovaAllocator:
         """``_alloc_fast`` for each of ``n`` sizes; the number of successes."""
         i: cython.Py_ssize_t = 0
         end: cython.Py_ssize_t
+        run: cython.Py_ssize_t
         done: cython.longlong = n
         size: cython.ulonglong
         while i < n:
@@ -278,7 +283,9 @@ class IovaAllocator:
                 end += 1
             while i < end:
                 if end - i > 1 and not self._recording:
-                    i += self._cached_run(cpu, size, limit_pfn, pfns, i, end)
+                    run = self._cached_run(cpu, size, limit_pfn, pfns, i, end)
+                    self.ledger.counts[L_IOVA_MAGAZINE] += run
+                    i += run
                     if i == end:
                         break
                 pfns[i] = self._alloc_fast(cpu, size, limit_pfn, flush_rcache)
@@ -296,7 +303,7 @@ class IovaAllocator:
         first: cython.Py_ssize_t,
         end: cython.Py_ssize_t,
     ) -> cython.Py_ssize_t:
-        """What the loaded magazine can give for items ``first`` to ``end`` of ``pfns``: how many it was."""
+        """What the loaded magazine can give for items ``first`` to ``end`` of ``pfns``: how many (not yet counted)."""
         one: cython.ulonglong = 1
         order: cython.int = ceil_log2(size)
         if order >= IOVA_RANGE_CACHE_MAX_SIZE or one << order > limit_pfn:
@@ -309,6 +316,7 @@ class IovaAllocator:
         """``_free_fast`` for each of ``n`` pairs whose pfn is not 0."""
         i: cython.Py_ssize_t = 0
         end: cython.Py_ssize_t
+        run: cython.Py_ssize_t
         size: cython.ulonglong
         order: cython.int
         while i < n:
@@ -322,7 +330,9 @@ class IovaAllocator:
             order = ceil_log2(size)
             while i < end:
                 if order < IOVA_RANGE_CACHE_MAX_SIZE and end - i > 1 and not self._recording:
-                    i += self.rcaches._put_run(cpu, order, pfns, i, end)
+                    run = self.rcaches._put_run(cpu, order, pfns, i, end)
+                    self.ledger.counts[L_IOVA_FREE_MAGAZINE] += run
+                    i += run
                     if i == end:
                         break
                 self._free_fast(cpu, pfns[i], size)

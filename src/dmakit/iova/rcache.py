@@ -166,11 +166,9 @@ class IovaRcaches:
         first: cython.Py_ssize_t,
         end: cython.Py_ssize_t,
     ) -> cython.Py_ssize_t:
-        """Pop from the loaded magazine into ``pfns[first:end]`` while it lasts and is low enough: how many."""
+        """Pop into ``pfns[first:end]`` while the loaded magazine lasts, low enough: how many (not yet counted)."""
         magazine: cython.int = self.loaded[cpu * IOVA_RANGE_CACHE_MAX_SIZE + order]
-        taken: cython.Py_ssize_t = self.pool._pop_run(magazine, highest, pfns, first, end)
-        self.ledger.counts[L_IOVA_MAGAZINE] += taken
-        return taken
+        return self.pool._pop_run(magazine, highest, pfns, first, end)
 
     def _put_run(
         self,
@@ -180,11 +178,9 @@ class IovaRcaches:
         first: cython.Py_ssize_t,
         end: cython.Py_ssize_t,
     ) -> cython.Py_ssize_t:
-        """Push ``pfns[first:end]`` on the loaded magazine until it is full: how many."""
+        """Push ``pfns[first:end]`` on the loaded magazine until it is full: how many (not yet counted)."""
         magazine: cython.int = self.loaded[cpu * IOVA_RANGE_CACHE_MAX_SIZE + order]
-        put: cython.Py_ssize_t = self.pool._push_run(magazine, pfns, first, end)
-        self.ledger.counts[L_IOVA_FREE_MAGAZINE] += put
-        return put
+        return self.pool._push_run(magazine, pfns, first, end)
 
     def _depot_pop(self, order: cython.int) -> cython.int:
         """The top magazine of a depot that is not empty; the caller counted the lock."""

@@ -1,0 +1,44 @@
+cimport cython
+from dmakit.iova.domain cimport IovaDomain
+
+
+cdef extern from *:
+    int test_and_set "__sync_lock_test_and_set"(int* word, int value) noexcept nogil
+    void unset "__sync_lock_release"(int* word) noexcept nogil
+
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+
+@cython.final
+cdef class SharedDomain:
+    cdef readonly IovaDomain domain
+    cdef readonly int cpus
+    cdef int[::1] _held
+    cdef list _locks
+    cdef void _enter(self, int lock) noexcept nogil
+    cdef void _leave(self, int lock) noexcept nogil
+    cdef void _enter_all(self) noexcept nogil
+    cdef void _leave_all(self) noexcept nogil
+    cdef void _count(self, int row, long long amount) noexcept nogil
+    cdef unsigned long long _alloc_one(
+        self, int cpu, unsigned long long size, unsigned long long limit_pfn, bint flush_rcache
+    ) noexcept nogil
+    cdef bint _free_one(self, int cpu, unsigned long long pfn, unsigned long long size) noexcept nogil
+    cdef Py_ssize_t _alloc_words(
+        self, int cpu, object sizes, unsigned long long limit_pfn, bint flush, object pfns
+    ) except? -1
+    cdef bint _free_words(self, int cpu, object pfns, object sizes) except -1
+    cdef long long _alloc_many(
+        self,
+        int cpu,
+        unsigned long long* sizes,
+        Py_ssize_t n,
+        unsigned long long limit_pfn,
+        bint flush_rcache,
+        unsigned long long* pfns,
+    ) noexcept nogil
+    cdef void _free_many(
+        self, int cpu, unsigned long long* pfns, unsigned long long* sizes, Py_ssize_t n
+    ) noexcept nogil

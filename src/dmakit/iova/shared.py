@@ -1,0 +1,256 @@
+"""One IOVA domain for several threads, each of which plays a CPU: the locked form of ``domain.IovaDomain``.
+
+A plain domain has no locks: under the GIL its scalar calls exclude each other, a batch runs without the GIL and must be
+alone. This form locks, and needs no GIL for that: any number of threads may call it, also with the same ``cpu``.
+
+Locks: one for each CPU's magazines, one (the last) for everything shared: depots, tree, magazine memory, ledger. As
+long as a batch is served by the loaded magazine it holds only its CPU's lock, for one run; CPUs do not meet there.
+Whatever has to change more holds all locks: first the shared one, then the CPUs' in order. Who holds a CPU's lock alone
+waits for nothing, so nobody waits in a circle; and whoever waits has given up the GIL, because the holder may need it
+(to grow an array, to arm a timer, to record an event).
+
+What a batch took from magazines is added to the ledger at its end. The ledger of other parts of the machine must not be
+counted by other threads meanwhile: give the domain its own, or count from one thread.
+
+Compiled, a lock is one word (a cache line apart), taken by an atomic exchange, with a yield to other threads while it
+is held; interpreted it is ``threading.Lock``.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, SupportsIndex
+
+import cython
+
+from dmakit.errors import ExhaustedError, MisuseError
+from dmakit.iova.arguments import words
+from dmakit.iova.arrays import zeroed
+
+if cython.compiled:
+    from cython.cimports.dmakit.consts import IOVA_RANGE_CACHE_MAX_SIZE, L_IOVA_FREE_MAGAZINE, L_IOVA_MAGAZINE
+    from cython.cimports.dmakit.iova.bits import ceil_log2
+    from cython.cimports.dmakit.iova.domain import IovaDomain
+    from cython.cimports.dmakit.iova.exact import Words, borrow, give_back
+else:
+    from dmakit.consts import IOVA_RANGE_CACHE_MAX_SIZE, L_IOVA_FREE_MAGAZINE, L_IOVA_MAGAZINE
+    from dmakit.iova.bits import ceil_log2
+    from dmakit.iova.domain import IovaDomain
+
+
+@cython.cclass
+class SharedDomain:
+    """``domain`` behind locks; while threads use it through here, nobody may use it directly."""
+
+    def __init__(self, domain: IovaDomain) -> None:
+        self.domain = domain
+        self.cpus = domain.cpus
+        self._held = zeroed("i", (self.cpus + 1) << 4)
+        self._locks = [threading.Lock() for _ in range(0 if cython.compiled else self.cpus + 1)]
+
+    @cython.locals(on=cython.int, flush=cython.bint)
+    @cython.locals(wanted=cython.ulonglong, limit=cython.ulonglong, pfn=cython.ulonglong)
+    def alloc_fast(
+        self, size: SupportsIndex, limit_pfn: SupportsIndex, flush_rcache: object = True, cpu: SupportsIndex = 0
+    ) -> int:
+        """As ``IovaDomain.alloc_fast``."""
+        on, flush = self.domain._cpu(cpu), bool(flush_rcache)
+        wanted, limit = self.domain._pfn("size", size, 1), self.domain._pfn("limit_pfn", limit_pfn, 0)
+        with cython.nogil:
+            pfn = self._alloc_one(on, wanted, limit, flush)
+        if pfn == 0:
+            raise ExhaustedError(f"no free range of {wanted} granules at or below pfn {limit:#x}")
+        return pfn
+
+    @cython.locals(on=cython.int, wanted=cython.ulonglong, first=cython.ulonglong, known=cython.bint)
+    def free_fast(self, pfn: SupportsIndex, size: SupportsIndex, cpu: SupportsIndex = 0) -> None:
+        """As ``IovaDomain.free_fast``."""
+        on, wanted = self.domain._cpu(cpu), self.domain._pfn("size", size, 1)
+        first = self.domain._pfn("pfn", pfn, 1)
+        with cython.nogil:
+            known = self._free_one(on, first, wanted)
+        if not known:
+            raise MisuseError(f"pfn={first:#x}: no range is allocated there")
+
+    @cython.locals(on=cython.int, limit=cython.ulonglong, flush=cython.bint, done=cython.Py_ssize_t)
+    def alloc_batch(
+        self,
+        sizes: object,
+        limit_pfn: SupportsIndex,
+        pfns: object,
+        flush_rcache: object = True,
+        cpu: SupportsIndex = 0,
+    ) -> int:
+        """As ``IovaDomain.alloc_batch``; threads with different ``cpu`` run side by side."""
+        on, limit, flush = self.domain._cpu(cpu), self.domain._pfn("limit_pfn", limit_pfn, 0), bool(flush_rcache)
+        done = self._alloc_words(on, sizes, limit, flush, pfns) if cython.compiled else -1
+        if done < 0:
+            wanted, found = self.domain._sizes(sizes), words("pfns", pfns, writable=True)
+            if len(wanted) != len(found):
+                raise MisuseError(f"pfns: must have as many items as sizes ({len(wanted)}), not {len(found)}")
+            done = self._alloc_words(on, wanted, limit, flush, found)
+        return done
+
+    @cython.locals(on=cython.int, done=cython.bint)
+    def free_batch(self, pfns: object, sizes: object, cpu: SupportsIndex = 0) -> None:
+        """As ``IovaDomain.free_batch``; threads with different ``cpu`` run side by side."""
+        on = self.domain._cpu(cpu)
+        done = self._free_words(on, pfns, sizes) if cython.compiled else False
+        if not done:
+            ranges, spans = words("pfns", pfns), self.domain._sizes(sizes)
+            if len(ranges) != len(spans):
+                raise MisuseError(f"sizes: must have as many items as pfns ({len(ranges)}), not {len(spans)}")
+            self._free_words(on, ranges, spans)
+
+    # Locks -------------------------------------------------------------------------------------------------------
+
+    def _enter(self, lock: cython.int) -> cython.void:
+        if cython.compiled:
+            while test_and_set(cython.address(self._held[lock << 4]), 1):  # noqa: F821 (shared.pxd)
+                sched_yield()  # noqa: F821
+        else:
+            self._locks[lock].acquire()
+
+    def _leave(self, lock: cython.int) -> cython.void:
+        if cython.compiled:
+            unset(cython.address(self._held[lock << 4]))  # noqa: F821
+        else:
+            self._locks[lock].release()
+
+    def _enter_all(self) -> cython.void:
+        """The shared lock, then every CPU's."""
+        cpu: cython.int
+        self._enter(self.cpus)
+        for cpu in range(self.cpus):
+            self._enter(cpu)
+
+    def _leave_all(self) -> cython.void:
+        cpu: cython.int
+        for cpu in range(self.cpus):
+            self._leave(cpu)
+        self._leave(self.cpus)
+
+    # Internals: called without the GIL -------------------------------------------------------------------------
+
+    def _count(self, row: cython.int, amount: cython.longlong) -> cython.void:
+        """Add to the ledger what runs took or gave without the shared lock."""
+        if amount:
+            self._enter(self.cpus)
+            self.domain.ledger.counts[row] += amount
+            self._leave(self.cpus)
+
+    def _alloc_one(
+        self, cpu: cython.int, size: cython.ulonglong, limit_pfn: cython.ulonglong, flush_rcache: cython.bint
+    ) -> cython.ulonglong:
+        self._enter_all()
+        pfn: cython.ulonglong = self.domain._alloc_fast(cpu, size, limit_pfn, flush_rcache)
+        self._leave_all()
+        return pfn
+
+    def _free_one(self, cpu: cython.int, pfn: cython.ulonglong, size: cython.ulonglong) -> cython.bint:
+        """False when no range is allocated at ``pfn``."""
+        self._enter_all()
+        known: cython.bint = self.domain.search.tree._find(pfn) != 0
+        if known:
+            self.domain._free_fast(cpu, pfn, size)
+        self._leave_all()
+        return known
+
+    def _alloc_words(
+        self, cpu: cython.int, sizes: Any, limit_pfn: cython.ulonglong, flush: cython.bint, pfns: Any
+    ) -> cython.Py_ssize_t:
+        """As ``IovaDomain._alloc_words``."""
+        if cython.compiled:
+            done: cython.Py_ssize_t = -1
+            wanted = cython.declare(Words)
+            found = cython.declare(Words)
+            if not borrow(cython.address(wanted), sizes, False):
+                return -1
+            if borrow(cython.address(found), pfns, True):
+                if wanted.n == found.n and self.domain._all_sizes(wanted.at, wanted.n):
+                    with cython.nogil:
+                        done = self._alloc_many(cpu, wanted.at, wanted.n, limit_pfn, flush, found.at)
+                give_back(cython.address(found))
+            give_back(cython.address(wanted))
+            return done
+        return self._alloc_many(cpu, sizes, len(sizes), limit_pfn, flush, pfns)
+
+    def _free_words(self, cpu: cython.int, pfns: Any, sizes: Any) -> cython.bint:
+        """As ``IovaDomain._free_words``."""
+        if cython.compiled:
+            done: cython.bint = False
+            ranges = cython.declare(Words)
+            spans = cython.declare(Words)
+            if not borrow(cython.address(ranges), pfns, False):
+                return False
+            if borrow(cython.address(spans), sizes, False):
+                if ranges.n == spans.n and self.domain._all_sizes(spans.at, spans.n):
+                    done = True
+                    with cython.nogil:
+                        self._free_many(cpu, ranges.at, spans.at, ranges.n)
+                give_back(cython.address(spans))
+            give_back(cython.address(ranges))
+            return done
+        self._free_many(cpu, pfns, sizes, len(sizes))
+        return True
+
+    def _alloc_many(
+        self,
+        cpu: cython.int,
+        sizes: cython.p_ulonglong,
+        n: cython.Py_ssize_t,
+        limit_pfn: cython.ulonglong,
+        flush_rcache: cython.bint,
+        pfns: cython.p_ulonglong,
+    ) -> cython.longlong:
+        i: cython.Py_ssize_t = 0
+        end: cython.Py_ssize_t
+        taken: cython.Py_ssize_t
+        done: cython.longlong = n
+        cached: cython.longlong = 0
+        while i < n:
+            end = i + 1
+            while end < n and sizes[end] == sizes[i]:
+                end += 1
+            while i < end:
+                self._enter(cpu)
+                taken = 0 if self.domain._recording else self.domain._cached_run(cpu, sizes[i], limit_pfn, pfns, i, end)
+                self._leave(cpu)
+                cached += taken
+                i += taken
+                if i < end:
+                    pfns[i] = self._alloc_one(cpu, sizes[i], limit_pfn, flush_rcache)
+                    if pfns[i] == 0:
+                        done -= 1
+                    i += 1
+        self._count(L_IOVA_MAGAZINE, cached)
+        return done
+
+    def _free_many(
+        self, cpu: cython.int, pfns: cython.p_ulonglong, sizes: cython.p_ulonglong, n: cython.Py_ssize_t
+    ) -> cython.void:
+        i: cython.Py_ssize_t = 0
+        end: cython.Py_ssize_t
+        put: cython.Py_ssize_t
+        order: cython.int
+        cached: cython.longlong = 0
+        while i < n:
+            end = i
+            while end < n and sizes[end] == sizes[i] and pfns[end] != 0:
+                end += 1
+            order = ceil_log2(sizes[i])
+            put = 0
+            if end > i and order < IOVA_RANGE_CACHE_MAX_SIZE and not self.domain._recording:
+                self._enter(cpu)
+                put = self.domain.rcaches._put_run(cpu, order, pfns, i, end)
+                self._leave(cpu)
+            cached += put
+            i += put
+            if i < end:
+                self._enter_all()
+                self.domain._free_fast(cpu, pfns[i], sizes[i])
+                self._leave_all()
+                i += 1
+            elif i < n and pfns[i] == 0:
+                i += 1
+        self._count(L_IOVA_FREE_MAGAZINE, cached)

@@ -1,0 +1,107 @@
+"""The locked form of a domain: the same answers as the plain one, and nothing lost between threads."""
+
+from __future__ import annotations
+
+import random
+import threading
+from array import array
+
+import pytest
+
+from dmakit.errors import ExhaustedError, MisuseError
+from dmakit.iova.domain import IovaDomain
+from dmakit.iova.shared import SharedDomain
+
+LIMIT = (1 << 20) - 1
+
+
+def test_batches_and_calls_answer_count_and_leave_what_the_plain_form_does() -> None:
+    plain, guarded = IovaDomain(cpus=2), IovaDomain(cpus=2)
+    shared = SharedDomain(guarded)
+    rnd = random.Random(5)
+    for step in range(60):
+        n, cpu = rnd.randrange(1, 400), step & 1
+        sizes = array("Q", [rnd.choice((1, 1, 1, 2, 4, 33)) if step % 3 else 1 for _ in range(n)])
+        limit = rnd.choice((LIMIT, LIMIT, 700))
+        mine, its = array("Q", [0]) * n, array("Q", [0]) * n
+        assert plain.alloc_batch(sizes, limit, its, cpu=cpu) == shared.alloc_batch(sizes, limit, mine, cpu=cpu)
+        assert mine == its
+        one = plain.alloc_fast(3, (1 << 40) - 1, cpu=cpu)
+        assert shared.alloc_fast(3, (1 << 40) - 1, cpu=cpu) == one
+        for domain in (plain, shared):
+            domain.free_fast(one, 3, cpu=1 - cpu)
+            domain.free_batch(its, sizes, cpu=cpu if step % 5 else 1 - cpu)
+    assert plain.fingerprint() == guarded.fingerprint()
+    assert plain.ledger.snapshot() == guarded.ledger.snapshot()
+    assert plain.ledger.lock_counts() == guarded.ledger.lock_counts()
+
+
+def test_events_are_recorded_as_by_the_plain_form() -> None:
+    plain, guarded = IovaDomain(), IovaDomain()
+    plain.events, guarded.events = [], []
+    sizes, pfns = array("Q", [1, 1, 2]), array("Q", [0, 0, 0])
+    for domain in (plain, SharedDomain(guarded)):
+        domain.alloc_batch(sizes, LIMIT, pfns)
+        domain.free_batch(pfns, sizes)
+    assert plain.events == guarded.events != []
+
+
+def test_errors_are_those_of_the_plain_form() -> None:
+    shared = SharedDomain(IovaDomain())
+    words = array("Q", [1])
+    with pytest.raises(MisuseError, match=r"^cpu=1: must be from 0 to 0$"):
+        shared.alloc_fast(1, LIMIT, cpu=1)
+    with pytest.raises(MisuseError, match=r"^size=0: "):
+        shared.alloc_fast(0, LIMIT)
+    with pytest.raises(ExhaustedError, match=r"^no free range of 9 granules at or below pfn 0x4$"):
+        shared.alloc_fast(9, 4)
+    with pytest.raises(MisuseError, match=r"^pfn=0x7: no range is allocated there$"):
+        shared.free_fast(7, 1)
+    with pytest.raises(MisuseError, match=r"^sizes\[0\]=0: "):
+        shared.alloc_batch(array("Q", [0]), LIMIT, words)
+    with pytest.raises(MisuseError, match=r"^pfns: must have as many items as sizes \(2\), not 1$"):
+        shared.alloc_batch(array("Q", [1, 1]), LIMIT, words)
+    with pytest.raises(MisuseError, match=r"^sizes: must have as many items as pfns \(1\), not 2$"):
+        shared.free_batch(words, array("Q", [1, 1]))
+    with pytest.raises(MisuseError, match=r"^pfns: must be a contiguous buffer of unsigned 64-bit words$"):
+        shared.free_batch(array("i", [1]), words)
+
+
+@pytest.mark.parametrize("same_cpu", [False, True])
+def test_threads_share_a_domain(same_cpu: bool) -> None:
+    threads, rounds, n = 4, 60, 300
+    domain = IovaDomain(cpus=threads)
+    shared = SharedDomain(domain)
+    wrong: list[object] = []
+    live: list[set[int]] = [set() for _ in range(threads)]
+
+    def work(me: int) -> None:
+        cpu, rnd = 0 if same_cpu else me, random.Random(me)
+        try:
+            for turn in range(rounds):
+                sizes = array("Q", [1 << rnd.randrange(7) if turn % 2 else 1]) * n
+                pfns = array("Q", [0]) * n
+                assert shared.alloc_batch(sizes, (1 << 40) - 1, pfns, cpu=cpu) == n
+                assert len(set(pfns)) == n
+                single = shared.alloc_fast(1, LIMIT, cpu=cpu)
+                assert single not in pfns
+                shared.free_fast(single, 1, cpu=cpu)
+                if turn == rounds - 1:
+                    live[me] = set(pfns)
+                else:
+                    shared.free_batch(pfns, sizes, cpu=cpu)
+        except BaseException as error:
+            wrong.append(error)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+    assert len(set.union(*live)) == threads * n
+    counts = domain.ledger.snapshot()
+    calls = threads * (rounds * n + rounds)
+    assert sum(counts[f"iova_{how}"] for how in ("magazine", "depot", "tree")) == calls
+    domain.flush_rcaches()
+    assert domain.node_count == threads * n
