@@ -235,22 +235,24 @@ class SharedDomain:
         order: cython.int
         cached: cython.longlong = 0
         while i < n:
-            end = i
+            if pfns[i] == 0:
+                i += 1
+                continue
+            end = i + 1
             while end < n and sizes[end] == sizes[i] and pfns[end] != 0:
                 end += 1
             order = ceil_log2(sizes[i])
-            put = 0
-            if end > i and order < IOVA_RANGE_CACHE_MAX_SIZE and not self.domain._recording:
-                self._enter(cpu)
-                put = self.domain.rcaches._put_run(cpu, order, pfns, i, end)
-                self._leave(cpu)
-            cached += put
-            i += put
-            if i < end:
-                self._enter_all()
-                self.domain._free_fast(cpu, pfns[i], sizes[i])
-                self._leave_all()
-                i += 1
-            elif i < n and pfns[i] == 0:
-                i += 1
+            while i < end:
+                put = 0
+                if order < IOVA_RANGE_CACHE_MAX_SIZE and not self.domain._recording:
+                    self._enter(cpu)
+                    put = self.domain.rcaches._put_run(cpu, order, pfns, i, end)
+                    self._leave(cpu)
+                cached += put
+                i += put
+                if i < end:
+                    self._enter_all()
+                    self.domain._free_fast(cpu, pfns[i], sizes[i])
+                    self._leave_all()
+                    i += 1
         self._count(L_IOVA_FREE_MAGAZINE, cached)
