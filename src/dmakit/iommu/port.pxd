@@ -11,6 +11,7 @@ cdef class Port:
     cdef readonly list peers
     cdef unsigned long long low
     cdef unsigned long long high
+    cdef unsigned long long _reach(self, unsigned long long iova, unsigned long long length, bint write) except? 1
     cdef unsigned long long _locate(self, unsigned long long iova, bint write) noexcept nogil
 
 cdef class DirectPort(Port):
@@ -20,3 +21,4 @@ cdef class DmaPort(Port):
     cdef readonly IommuUnit unit
     cdef readonly int did
     cdef readonly DeviceTlb devtlb
+cdef unsigned long long ALL_ONES

@@ -26,10 +26,12 @@ from dmakit.iommu.faults import device_name, fault_error
 from dmakit.memory.cache import CpuCache
 
 if cython.compiled:
+    from cython.cimports.cpython.bytes import PyBytes_AS_STRING, PyBytes_FromStringAndSize
     from cython.cimports.dmakit.consts import PAGE_MASK_LOW, PAGE_SIZE
     from cython.cimports.dmakit.iommu.devtlb import DeviceTlb
     from cython.cimports.dmakit.iommu.unit import IommuUnit
     from cython.cimports.dmakit.memory.physical import PhysicalMemory
+    from cython.cimports.libc.string import memcpy, memmove
 else:
     from dmakit.consts import PAGE_MASK_LOW, PAGE_SIZE
     from dmakit.iommu.devtlb import DeviceTlb
@@ -72,11 +74,24 @@ class Port:
     def read(self, iova: int, size: int) -> bytes:
         """``size`` bytes from device address ``iova``; FaultError names the first address that is blocked."""
         self._check(iova, size)
+        start: cython.ulonglong = iova
+        total: cython.ulonglong = size
+        done: cython.ulonglong = 0
+        phys: cython.ulonglong
+        length: cython.ulonglong
+        if cython.compiled:
+            found = PyBytes_FromStringAndSize(cython.NULL, total)
+            place: cython.p_char = PyBytes_AS_STRING(found)
+            while done < total:
+                length = min(total - done, PAGE_SIZE - ((start + done) & PAGE_MASK_LOW))
+                phys = self._reach(start + done, length, False)
+                memcpy(place + done, cython.address(self.memory.data[phys]), length)
+                done += length
+            return found
         data = bytearray(size)
-        done = 0
-        while done < size:
-            length = min(size - done, PAGE_SIZE - ((iova + done) & PAGE_MASK_LOW))
-            phys = self._reach(iova + done, length, False)
+        while done < total:
+            length = min(total - done, PAGE_SIZE - ((start + done) & PAGE_MASK_LOW))
+            phys = self._reach(start + done, length, False)
             data[done : done + length] = self.memory.view[phys : phys + length]
             done += length
         return bytes(data)
@@ -86,11 +101,18 @@ class Port:
         payload = memoryview(data).cast("B")
         size = len(payload)
         self._check(iova, size)
-        done = 0
-        while done < size:
-            length = min(size - done, PAGE_SIZE - ((iova + done) & PAGE_MASK_LOW))
-            phys = self._reach(iova + done, length, True)
-            self.memory.view[phys : phys + length] = payload[done : done + length]
+        start: cython.ulonglong = iova
+        total: cython.ulonglong = size
+        done: cython.ulonglong = 0
+        if cython.compiled:
+            source: cython.const[cython.uchar][::1] = payload
+        while done < total:
+            length: cython.ulonglong = min(total - done, PAGE_SIZE - ((start + done) & PAGE_MASK_LOW))
+            phys: cython.ulonglong = self._reach(start + done, length, True)
+            if cython.compiled:
+                memmove(cython.address(self.memory.data[phys]), cython.address(source[done]), length)
+            else:
+                self.memory.view[phys : phys + length] = payload[done : done + length]
             done += length
 
     def locate(self, iova: int, write: bool = False) -> int:
@@ -101,15 +123,17 @@ class Port:
             raise self._blocked(iova, write)
         return phys
 
-    def _reach(self, iova: int, length: int, write: bool) -> int:
+    @cython.exceptval(1, check=True)
+    def _reach(self, iova: cython.ulonglong, length: cython.ulonglong, write: cython.bint) -> cython.ulonglong:
         """Physical address of a piece inside one page, checked to be memory and snooped."""
-        for start, end, peer in self.peers:
-            if start <= iova < end:
-                return peer + iova - start
-        phys = int(self._locate(iova, write))
+        if self.peers:
+            for start, end, peer in self.peers:
+                if start <= iova < end:
+                    return peer + iova - start
+        phys: cython.ulonglong = self._locate(iova, write)
         if phys == ALL_ONES:
             raise self._blocked(iova, write)
-        if not self.low <= phys <= phys + length <= self.high:
+        if phys < self.low or phys >= self.high or length > self.high - phys:
             self._find_memory(iova, phys, length, write)
         if self.coherent and self.cache is not None:
             self.cache.snoop(phys, length, write=write)
@@ -124,7 +148,7 @@ class Port:
         self.low, self.high = region.start, region.end
 
     def _check(self, iova: int, size: int) -> None:
-        if iova < 0 or size < 0 or iova + size > ALL_ONES + 1:
+        if iova < 0 or size < 0 or iova + size > 1 << 64:
             raise MisuseError(f"[{iova:#x}, {iova + size:#x}): a device's accesses lie in 64 bits of address space")
 
     def _unanswered(self, iova: int, phys: int, write: bool) -> FaultError:

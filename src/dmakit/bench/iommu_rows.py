@@ -1,0 +1,143 @@
+"""Rows 4, 5, 6, 8 and the first half of 9: page tables and translation, through the public calls of a domain.
+
+The table has only 4 KiB leaves, the ledger counts, the walker is coherent. Rows 4 and 5 map and unmap 1 GiB in
+runs of 256 pages, rows of one batch: half of the runs make a table; the unmap invalidates once and frees the tables.
+Row 6 does one page: many in a batch, of which the unmap invalidates once, and as two Python calls, each
+unmap with its invalidation. Row 8 translates random addresses of 1 GiB through an IOTLB of 512 entries, which nearly
+all miss.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+
+from dmakit.bench.row import Bench, Row
+from dmakit.consts import PAGE_SIZE, PROT_READ, PROT_WRITE
+from dmakit.iommu.domain import PageTableDomain
+from dmakit.iommu.formats.vtdss import VtdSecondStage
+from dmakit.iommu.tables import TablePages
+from dmakit.iommu.unit import IommuUnit
+from dmakit.ledger import Ledger
+from dmakit.memory.pages import PageAllocator
+from dmakit.memory.physical import PhysicalMemory
+
+GIB = 1 << 30
+RUN = 256 * PAGE_SIZE  # what one call of rows 4 and 5 maps
+RW = PROT_READ | PROT_WRITE
+IOVA = 4 * GIB
+SINGLES = 1 << 16
+ADDRESSES = 1 << 17
+Words = memoryview
+
+
+def small_pages(bench: Bench, key: str) -> PageTableDomain:
+    """A domain of 4 KiB leaves, made once for each ``key``; one page on each side keeps the upper tables."""
+
+    def make() -> PageTableDomain:
+        memory = PhysicalMemory(2 * GIB)
+        memory.add_region(0, 2 * GIB)
+        ledger = Ledger()
+        tables = TablePages(PageAllocator(memory, 0, 64 << 20), ledger=ledger)
+        unit = IommuUnit(memory, ledger=ledger)
+        domain = PageTableDomain(unit, VtdSecondStage(page_sizes=PAGE_SIZE), tables)
+        domain.map(IOVA - PAGE_SIZE, 0, PAGE_SIZE, RW)
+        domain.map(IOVA + GIB, 0, PAGE_SIZE, RW)
+        return domain
+
+    return bench.once(f"iommu {key}", make)
+
+
+def spread(bench: Bench, key: str, count: int, step: int, first: int) -> Words[int]:
+    """``count`` addresses ``step`` apart, made once."""
+    return bench.once(f"iommu {key} {count}", lambda: memoryview(array("Q", range(first, first + count * step, step))))
+
+
+def _runs(bench: Bench) -> tuple[PageTableDomain, int, Words[int], Words[int], Words[int]]:
+    calls = max(2, bench.scaled(GIB // RUN) // 2 * 2)
+    domain = small_pages(bench, "runs")
+    iovas = spread(bench, "runs iova", calls, RUN, IOVA)
+    phys = spread(bench, "runs phys", calls, RUN, GIB)
+    sizes = bench.once(f"iommu runs sizes {calls}", lambda: memoryview(array("Q", [RUN]) * calls))
+    return domain, calls * (RUN // PAGE_SIZE), iovas, phys, sizes
+
+
+def map_pages(bench: Bench) -> float:
+    """4."""
+    domain, pages, iovas, phys, sizes = _runs(bench)
+    spent = bench.timed(lambda: domain.map_many(iovas, phys, sizes, RW), pages)
+    domain.unmap_many(iovas, sizes)
+    return spent
+
+
+def unmap_pages(bench: Bench) -> float:
+    """5."""
+    domain, pages, iovas, phys, sizes = _runs(bench)
+    domain.map_many(iovas, phys, sizes, RW)
+    return bench.timed(lambda: domain.unmap_many(iovas, sizes), pages)
+
+
+def single_pages(bench: Bench) -> float:
+    """6a."""
+    count = bench.scaled(SINGLES)
+    domain = small_pages(bench, "runs")
+    iovas = spread(bench, "single", count, PAGE_SIZE, IOVA)
+    sizes = bench.once(f"iommu single sizes {count}", lambda: memoryview(array("Q", [PAGE_SIZE]) * count))
+
+    def pairs() -> None:
+        domain.map_many(iovas, iovas, sizes, RW)
+        domain.unmap_many(iovas, sizes)
+
+    return bench.timed(pairs, count)
+
+
+def single_calls(bench: Bench) -> float:
+    """6b."""
+    domain = small_pages(bench, "runs")
+    domain.map(IOVA + PAGE_SIZE, GIB, PAGE_SIZE, RW)  # the table stays
+    spent = bench.statement(
+        "map(iova, phys, size, prot); unmap(iova, size)",
+        map=domain.map,
+        unmap=domain.unmap,
+        iova=IOVA,
+        phys=GIB,
+        size=PAGE_SIZE,
+        prot=RW,
+    )
+    domain.unmap(IOVA + PAGE_SIZE, PAGE_SIZE)
+    return spent
+
+
+def _mapped(bench: Bench) -> tuple[PageTableDomain, Words[int]]:
+    """A domain with 1 GiB of 4 KiB pages, and random addresses in it."""
+
+    def make() -> Words[int]:
+        small_pages(bench, "mapped").map(IOVA, GIB, bench.scaled(GIB // PAGE_SIZE) * PAGE_SIZE, RW)
+        seeded, size = random.Random(1), bench.scaled(GIB // PAGE_SIZE) * PAGE_SIZE
+        return memoryview(array("Q", [IOVA + seeded.randrange(size) for _ in range(bench.scaled(ADDRESSES))]))
+
+    addresses = bench.once("iommu addresses", make)
+    return small_pages(bench, "mapped"), addresses
+
+
+def translate_batch(bench: Bench) -> float:
+    """8."""
+    domain, addresses = _mapped(bench)
+    out = bench.once("iommu translated", lambda: memoryview(array("Q", bytes(8 * len(addresses)))))
+    return bench.timed(lambda: domain.unit.translate_many(int(domain.did), addresses, out), len(addresses))
+
+
+def look_up(bench: Bench) -> float:
+    """9a."""
+    domain, addresses = _mapped(bench)
+    return bench.statement("look(iova)", look=domain.iova_to_phys, iova=addresses[len(addresses) // 2])
+
+
+ROWS = [
+    Row("4", "map 4 KiB pages, 256 a call", "ns/page", 2.8, "lower", "F", map_pages),
+    Row("5", "unmap the same, with gather and table freeing", "ns/page", 2.2, "lower", "F", unmap_pages),
+    Row("6a", "map + unmap one page, in a batch", "ns/pair", 1.1, "lower", "E", single_pages),
+    Row("6b", "map + unmap one page, two Python calls", "ns/pair", 6.5, "lower", "E", single_calls, times=2),
+    Row("8", "translate, random over 1 GiB of 4 KiB pages", "ns/access", 1.6, "lower", "W", translate_batch),
+    Row("9a", "iova_to_phys, one Python call", "ns/call", 9, "lower", "E", look_up),
+]
