@@ -69,6 +69,10 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+def _serial(state: Any) -> int:
+    return int(state.serial)
+
+
 def _checked_mask(name: str, mask: object) -> int:
     number = integer(mask)
     if number is None or number <= 0 or number > U64 or number & (number + 1):
@@ -458,7 +462,7 @@ class Device(Windows):
         """The driver lets the device go; MisuseError naming what is still mapped when something is."""
         if self.checker is not None:
             self.checker.released(self)
-        left = [f"a window of {state.size:#x} bytes at {state.addr:#x}" for state in self.states]
+        left = [f"a window of {state.size:#x} bytes at {state.addr:#x}" for state in sorted(self.states, key=_serial)]
         left += [f"coherent memory of {memory.size:#x} bytes at {memory.addr:#x}" for memory in self.allocations]
         if left:
             raise MisuseError(f"device {self.name!r} released with live mappings: {'; '.join(left)}", rule="leak")

@@ -22,7 +22,6 @@ if cython.compiled:
         PyBUF_ND,
         PyBUF_WRITABLE,
         PyBuffer_Release,
-        PyObject_CheckBuffer,
         PyObject_GetBuffer,
     )
     from cython.cimports.cpython.long import PyLong_AsLongLongAndOverflow
@@ -65,8 +64,6 @@ class Words:
         """Hold ``given``; false when it is not a contiguous buffer of words."""
         if cython.compiled:
             self._drop()
-            if not PyObject_CheckBuffer(given):
-                return False
             try:
                 PyObject_GetBuffer(
                     given, cython.address(self.view), PyBUF_ND | PyBUF_FORMAT | (PyBUF_WRITABLE if writable else 0)
@@ -91,7 +88,7 @@ class Words:
 
 def taken(name: str, given: object, writable: cython.bint) -> Words:
     """``given`` as words; MisuseError naming it when it is no contiguous (writable) buffer of them."""
-    found = Words()
+    found: Words = Words.__new__(Words) if cython.compiled else Words()
     if not found._take(given, writable):
         view = words(name, given, writable=writable)
         if cython.compiled:

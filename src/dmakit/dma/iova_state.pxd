@@ -8,6 +8,8 @@ cdef class IovaState(IovaWindow):
     cdef int run_attrs
     cdef list more
     cdef public object device
+    cdef readonly long long serial
+    cdef Py_ssize_t slot
     cdef void _open(self, object device, int cpu) noexcept
     cdef void _note_run(self, unsigned long long size, int direction, int attrs) noexcept
     cdef unsigned long long start

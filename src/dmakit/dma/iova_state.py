@@ -53,6 +53,8 @@ class IovaState(IovaWindow):
         IovaWindow.__init__(self)
         self.cpu = 0
         self.live = False
+        self.serial = 0
+        self.slot = 0
         self.run = 0
         self.run_direction = 0
         self.run_attrs = 0

@@ -6,7 +6,8 @@ cdef unsigned long long _ALL_ONES
 cdef unsigned long long _SIGN
 
 cdef class Windows(Scatter):
-    cdef readonly dict states
+    cdef readonly list states
+    cdef long long opened
     cdef IovaWindow window
     cdef Py_ssize_t failed_at
     cdef bint oversized

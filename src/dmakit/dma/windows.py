@@ -48,11 +48,12 @@ def _slice(items: Words, first: cython.Py_ssize_t, end: cython.Py_ssize_t) -> li
 
 @cython.cclass
 class Windows(Scatter):
-    """A device's two-step mappings; ``states`` are the live windows."""
+    """A device's two-step mappings; ``states`` are the live windows, in no order (``serial`` has it)."""
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:
         Scatter.__init__(self, name, options)
-        self.states: dict[IovaState, None] = {}
+        self.states: list[IovaState] = []
+        self.opened = 0
         self.window = IovaWindow()
         self.window.core = self
         self.failed_at = -1
@@ -81,14 +82,21 @@ class Windows(Scatter):
         state: IovaState = IovaState.__new__(IovaState) if cython.compiled else IovaState()
         if state._try_alloc(self, phys, size, cpu) != 0:
             state._open(self, cpu)
-            self.states[state] = None
+            state.serial = self.opened
+            self.opened += 1
+            state.slot = len(self.states)
+            self.states.append(state)
             if self.checker is not None:
                 self.checker.allocated(self, state)
         return state
 
     def _state_closed(self, state: object) -> cython.int:
-        """A window of this device is no longer live."""
-        del self.states[state]  # type: ignore[arg-type]
+        """A window of this device is no longer live: the last one takes its place."""
+        closed: IovaState = state  # type: ignore[assignment]
+        last: IovaState = self.states.pop()
+        if last is not closed:
+            self.states[closed.slot] = last
+            last.slot = closed.slot
         return 0
 
     # Whole windows ------------------------------------------------------------------------------------------
