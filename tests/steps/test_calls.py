@@ -111,3 +111,10 @@ def test_lengths_of_a_chained_list_are_inferred_from_its_maps() -> None:
 
 def test_a_call_gives_its_numbers_by_name() -> None:
     assert Call("map", 1, 0, "d", {"phys": 7})["phys"] == 7
+
+
+def test_without_a_boot_trace_every_invalidation_is_still_the_kernels(tmp_path: Path) -> None:
+    path = tmp_path / "alone.trace.txt.xz"
+    path.write_bytes((DATA / "inval-lazy-smp1.trace.txt.xz").read_bytes())
+    result = replay_calls(path)
+    assert result.invalidations.explained == result.invalidations.descriptors == 23 and result.equal

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dmakit.errors import InputError
+from dmakit.trace.recorded_machine import FIRST_DOMAIN_ID, first_domain_id
 from dmakit.trace.steps import StepsResult, is_step_file, replay_steps
 
 DATA = Path(__file__).parent.parent / "data" / "kernel-steps"
@@ -232,8 +233,22 @@ def test_a_whole_file_that_uses_what_it_never_set_up_is_refused(tmp_path: Path) 
         replay_steps(path)
 
 
-def test_without_a_boot_file_descriptors_still_differ_only_by_domain(tmp_path: Path) -> None:
-    path = tmp_path / "alone.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in recorded("unlink-strict")[:14]))
+@pytest.mark.parametrize(
+    "name", ["unlink-strict", "unlink-cm", "unlink-lazy", "sg-module", "untrusted-module-minalign"]
+)
+def test_without_a_boot_file_the_domain_ids_are_those_of_the_recording(name: str, tmp_path: Path) -> None:
+    """How many domains were attached before the first device is not an answer: it comes with the recording."""
+    path = tmp_path / "alone.jsonl.xz"
+    path.write_bytes((DATA / f"{name}.jsonl.xz").read_bytes())
     result = replay_steps(path, defects=("7.2",))
-    assert {difference.field for difference in result.differences} <= {"events"}
+    assert result.differences == [] and result.matched + result.adopted == result.steps
+    assert result.adopted == 0
+
+
+def test_only_invalidations_of_one_domain_tell_its_id() -> None:
+    def iotlb(granularity: int, did: int) -> tuple[str, int, int]:
+        return ("qi", did << 16 | granularity << 4 | 2, 0)
+
+    words = [iotlb(1, 0), ("qi", 0x3, 0), ("map", 1, 2, 3), iotlb(3, 6), iotlb(2, 5)]
+    assert first_domain_id(None, words) == 5
+    assert first_domain_id(Path("boot"), words) == first_domain_id(None, words[:3]) == FIRST_DOMAIN_ID

@@ -25,7 +25,15 @@ from dmakit.consts import L_IOVA_TREE
 from dmakit.errors import DmakitError
 from dmakit.trace import step_adopt
 from dmakit.trace.calls import EVENTS, Call, CallTrace, read_calls
-from dmakit.trace.recorded_machine import ALL_ONES, BOUNCE_START, RecordedMachine, Setup, boot_beside, compared
+from dmakit.trace.recorded_machine import (
+    ALL_ONES,
+    BOUNCE_START,
+    RecordedMachine,
+    Setup,
+    boot_beside,
+    compared,
+    first_domain_id,
+)
 from dmakit.trace.step_events import Event
 
 MAP_SIDE = frozenset({"sync", "map", "sg", "alloc", "link"})
@@ -153,6 +161,7 @@ def _setup(trace: CallTrace, boot: Path | None, defects: tuple[str, ...]) -> Set
         cpus=1 + max((call.cpu for call in trace.calls), default=0),
         bounce_start=slots[0] & ~4095 if slots else BOUNCE_START,
         highest_phys=trace.highest_phys,
+        first_domain_id=first_domain_id(boot, (event for _, event in trace.events)),
         defects=defects,
     )
 

@@ -25,6 +25,7 @@ POOL_SIZE = 512 * MIB  # coherent memory: RAM above everything that the recordin
 BOUNCE_START = 0x7BFD_D000  # where a 64 MiB pool lay in every recording with RAM above 2 GiB
 BOUNCE_SIZE = 64 * MIB
 ALL_ONES = (1 << 64) - 1
+FIRST_DOMAIN_ID = 2  # what a VT-d unit gives the first domain after boot
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Setup:
     cpus: int = 1
     bounce_start: int = BOUNCE_START
     highest_phys: int = 0
+    first_domain_id: int = FIRST_DOMAIN_ID
     defects: tuple[str, ...] = ()
 
 
@@ -86,6 +88,7 @@ class RecordedMachine:
             pool=(pool, POOL_SIZE),
             defects=setup.defects,
             reserved=() if setup.boot else (*BRIDGE_WINDOWS, MSI_WINDOW),
+            unit_options={"first_domain_id": setup.first_domain_id},
         )
         self.events: list[Event] = []
         self.machine.record_events(self.events)
@@ -142,6 +145,13 @@ def boot_beside(path: Path) -> Path | None:
     """``NAME.boot.txt`` beside ``NAME.anything``, when it is there."""
     candidate = path.with_name(path.name.split(".")[0] + ".boot.txt")
     return candidate if candidate.exists() else None
+
+
+def first_domain_id(boot: Path | None, events: Iterable[Event]) -> int:
+    """The first device's domain id: counted from boot, or, when no boot file tells what was attached before it, the
+    lowest id in the recorded IOTLB invalidations of one domain."""
+    words = [] if boot else [int(event[1]) for event in events if event[0] == "qi"]
+    return min((w >> 16 & 0xFFFF for w in words if w & 0xF == 2 and w >> 4 & 3 > 1), default=FIRST_DOMAIN_ID)
 
 
 def compared(events: Iterable[Event]) -> list[Event]:

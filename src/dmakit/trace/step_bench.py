@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dmakit.trace.recorded_machine import ALL_ONES, BOUNCE_START, RecordedMachine, Setup
+from dmakit.trace.recorded_machine import ALL_ONES, BOUNCE_START, RecordedMachine, Setup, first_domain_id
 from dmakit.trace.step_events import parse
 from dmakit.trace.step_file import Step, StepFile
 
@@ -52,6 +52,7 @@ class Bench(RecordedMachine):
             highest_phys=max(
                 (step.record["phys"] + step.record["len"] for step in file.steps if step.op == "buf"), default=0
             ),
+            first_domain_id=first_domain_id(boot, (e for _, _, name, text in recorded if (e := parse(name, text)))),
             defects=defects,
         )
         super().__init__(setup)
