@@ -21,9 +21,13 @@ cdef class Rows:
     cdef readonly Py_ssize_t others
     cdef readonly Py_ssize_t notes
     cdef readonly Py_ssize_t malformed
+    cdef Py_ssize_t room
+    cdef Py_ssize_t pool_room
     cdef Py_ssize_t top
     cdef Py_ssize_t known
     cdef unsigned long long _hash(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
     cdef unsigned long long _name(self, Py_ssize_t begin, Py_ssize_t end) noexcept nogil
     cdef unsigned long long _new_name(self, Py_ssize_t begin, Py_ssize_t end) noexcept with gil
     cdef void _to_columns(self) noexcept nogil
+    cdef void _grow(self) noexcept with gil
+    cdef void _grow_pool(self) noexcept with gil

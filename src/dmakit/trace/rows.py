@@ -20,6 +20,13 @@ else:
     from dmakit.consts import SCAN_HEAD, SCAN_LOST
 
 _MASK = (1 << 64) - 1  # interpreted code only
+_ROOM = 1024  # rows, malformed lines and list elements that there is room for at first
+
+
+def _doubled(old: memoryview[int]) -> memoryview[int]:
+    grown = longs(2 * len(old))
+    grown[: len(old)] = old
+    return grown
 
 
 @cython.cclass
@@ -32,8 +39,9 @@ class Rows:
         self.names: list[str] = []
         self.ids: dict[bytes, int] = {}
         self.known = 0
-        self.kinds = longs(1)
-        self.rows = self.columns = self.pool = self.bad_lines = self.kinds
+        self.room, self.pool_room = _ROOM, _ROOM
+        self.kinds, self.bad_lines, self.pool = longs(_ROOM), longs(_ROOM), longs(_ROOM)
+        self.rows, self.columns = (longs(_ROOM * (SCAN_HEAD + pattern.widest)) for _ in range(2))
         self.count, self.start, self.filled = (longs(SCAN_LOST + 1) for _ in range(3))
         self.word_hash, self.word_id = longs(1 << 10), longs(1 << 10)
         self.records = self.top = self.pooled = self.others = self.notes = self.malformed = 0
@@ -47,15 +55,16 @@ class Rows:
         else:
             self.p = text
 
-    def _room(self, lines: int, elements: int) -> None:
-        """Buffers for that many lines and list elements; the contents of the last scan are gone."""
-        if lines >= len(self.kinds):
-            room = lines + lines // 4 + 64
-            self.kinds, self.bad_lines = longs(room), longs(room)
-            self.rows, self.columns = (longs(room * (SCAN_HEAD + self.pattern.widest)) for _ in range(2))
-        if elements > len(self.pool):
-            self.pool = longs(elements + elements // 4)
-        self.records = self.top = self.pooled = self.others = self.notes = self.malformed = 0
+    def _grow(self) -> cython.void:
+        """Twice the room for rows and malformed lines; columns have nothing to keep."""
+        self.kinds, self.bad_lines = _doubled(self.kinds), _doubled(self.bad_lines)
+        self.rows, self.columns = _doubled(self.rows), longs(2 * len(self.columns))
+        self.room *= 2
+
+    def _grow_pool(self) -> cython.void:
+        """Twice the room for list elements."""
+        self.pool = _doubled(self.pool)
+        self.pool_room *= 2
 
     def present(self) -> list[int]:
         """The kinds that the last scan met."""

@@ -39,4 +39,4 @@ cdef class Scanner(Rows):
     cdef int _lost(self, Py_ssize_t begin, Py_ssize_t end, unsigned long long number) noexcept nogil
     cdef int _line(self, Py_ssize_t begin, Py_ssize_t end, unsigned long long number) noexcept nogil
     cdef void _put(self, long long kind, unsigned long long number) noexcept nogil
-    cdef void _scan(self, Py_ssize_t size, unsigned long long first_line) noexcept nogil
+    cdef unsigned long long _scan(self, Py_ssize_t size, unsigned long long first_line) noexcept nogil

@@ -108,14 +108,13 @@ class Scanner(Rows):
         """Scan whole lines; ``first_line`` numbers the first. Returns the number of lines."""
         size: cython.Py_ssize_t = len(text)
         number: cython.ulonglong = first_line
-        lines = text.count(b"\n") + (not text.endswith(b"\n") and bool(text))
-        self._room(lines, text.count(b",") + text.count(b"{") + 1)
+        self.records = self.top = self.pooled = self.others = self.notes = self.malformed = 0
         if text:
             self._read(text)
             with cython.nogil:
-                self._scan(size, number)
+                number = self._scan(size, number)
                 self._to_columns()
-        return lines
+        return number - first_line
 
     # Finding and reading -----------------------------------------------------------------------------
 
@@ -336,6 +335,8 @@ class Scanner(Rows):
             return False
         begin += 1
         while begin < end and self.p[begin] != 125:
+            if self.pooled == self.pool_room:
+                self._grow_pool()
             self.pool[self.pooled] = self._number(begin, end, 10)
             if self.wrong:
                 return False
@@ -449,8 +450,8 @@ class Scanner(Rows):
         self._put(kind, number)
         return LINE_RECORD
 
-    def _scan(self, size: cython.Py_ssize_t, first_line: cython.ulonglong) -> cython.void:
-        """Scan ``size`` bytes of lines."""
+    def _scan(self, size: cython.Py_ssize_t, first_line: cython.ulonglong) -> cython.ulonglong:
+        """Scan ``size`` bytes of lines; the number of the next line."""
         begin: cython.Py_ssize_t = 0
         end: cython.Py_ssize_t
         count: cython.int
@@ -459,6 +460,8 @@ class Scanner(Rows):
             end = self._byte(10, begin, size)
             if end < 0:
                 end = size
+            if self.records == self.room or self.malformed == self.room:
+                self._grow()
             count = self._line(begin, end, number)
             if count == LINE_OTHER:
                 self.others += 1
@@ -469,3 +472,4 @@ class Scanner(Rows):
                 self.malformed += 1
             begin = end + 1
             number += 1
+        return number
