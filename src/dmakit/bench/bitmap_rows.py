@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable
-from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
@@ -83,14 +81,8 @@ def pages(bench: Bench) -> tuple[float, float]:
     """11a, against NumPy."""
     bitmap, words, room = sparse(bench)
     ours = bench.timed(lambda: bitmap.scan_pages(room), words.nbytes)
-    return ours, min(fastest(words, numpy_by_bytes), fastest(words, numpy_by_words))
-
-
-def fastest(words: Words, work: Callable[[Words], object]) -> float:
-    """ns a byte of one run of ``work``."""
-    begin = perf_counter_ns()
-    work(words)
-    return (perf_counter_ns() - begin) / words.nbytes
+    by_bytes = bench.timed(lambda: numpy_by_bytes(words), words.nbytes)
+    return ours, min(by_bytes, bench.timed(lambda: numpy_by_words(words), words.nbytes))
 
 
 def numpy_by_bytes(words: Words) -> Words:
