@@ -1,5 +1,6 @@
 from dmakit.block.request cimport Payload
 from dmakit.block.segments cimport SegmentIter
+from dmakit.dma.iova_state cimport IovaState
 
 cdef class BlkDmaIter:
     cdef readonly unsigned long long addr
@@ -17,6 +18,7 @@ cdef class BlkDmaIter:
     cdef readonly int cpu
     cdef readonly long long bus_offset
     cdef bint _start_window(self, Payload payload, object state) except *
+    cdef bint _link_window(self, IovaState state) except *
     cdef bint _one(self) except *
     cdef void _because(self, int reason) noexcept
     cdef bint _classify(self, object peer) except *
