@@ -15,11 +15,9 @@ Nothing here imports another module of dmakit: it runs before all of them.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -126,6 +124,8 @@ def _source(path: Path) -> tuple[bytes, tuple[Path, ...]]:
 
 def source_digest(module: str) -> str:
     """Digest of what the compiled form of ``module`` depends on: its .py and every .pxd it cimports."""
+    import hashlib  # not needed to print a help text
+
     digest = hashlib.sha256(_source(source_of(module))[0])
     seen: set[Path] = set()
     queue = [source_of(module).with_suffix(".pxd"), source_of(module)]
@@ -148,6 +148,8 @@ def in_checkout() -> bool:
 
 def recorded_digests() -> dict[str, str]:
     """Digests that the build recorded, by module; empty when nothing was compiled."""
+    import json
+
     path = PACKAGE / "_built.json"
     if not path.exists():
         return {}
@@ -168,7 +170,7 @@ class _CoreFinder(importlib.abc.MetaPathFinder):
 
     def __init__(self, choice: str) -> None:
         self.choice = choice
-        self.digests = recorded_digests()
+        self.digests: dict[str, str] | None = None
         self.checkout = in_checkout()
 
     def find_spec(
@@ -181,6 +183,8 @@ class _CoreFinder(importlib.abc.MetaPathFinder):
             return importlib.util.spec_from_file_location(fullname, source_of(fullname))
         if extension is None:
             raise CoreError(f"DMAKIT_CORE=compiled, but {fullname} is not compiled; build it with: {REBUILD}")
+        if self.digests is None:
+            self.digests = recorded_digests()
         if self.checkout and self.digests.get(fullname) != source_digest(fullname):
             raise CoreError(
                 f"{fullname}: the compiled module is older than its source; rebuild it with: {REBUILD}"
