@@ -393,3 +393,19 @@ def test_the_documentation_lists_every_rule_in_its_words() -> None:
         f"| `{name}` | {rule.text} |{f' {rule.debug} |' if rule.debug else ' |'}" for name, rule in RULES.items()
     ]
     assert rows == expected
+
+
+def test_a_device_may_cross_from_one_mapping_into_the_next_but_not_beyond() -> None:
+    machine = Machine(ram="256M", mode="strict", checker=True)
+    device = machine.device("nvme0")
+    pages = [machine.pages.alloc() for _ in range(3)]
+    addrs = sorted(device.map_phys(phys, 4096, Direction.FROM_DEVICE) for phys in pages)
+    assert addrs[2] - addrs[0] == 2 * 4096  # top down, side by side
+    device.dma_write(addrs[0], bytes(3 * 4096))
+    books = machine.checker
+    with pytest.raises(MisuseError, match="device-access:"):
+        books.accessed(device, addrs[0] - 1, 4096, True)
+    with pytest.raises(MisuseError, match="device-access:"):
+        books.accessed(device, addrs[2], 4097, True)
+    for addr in addrs:
+        device.unmap_phys(addr, 4096, Direction.FROM_DEVICE)

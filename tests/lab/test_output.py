@@ -132,3 +132,8 @@ def test_no_figure_is_cut_on_a_narrow_terminal(
 def test_lines_are_whole_when_nobody_looks(capsys: Any) -> None:
     assert main.run(["explain", "bs=8k,piece=2k,n=20"]) == 0
     assert "cannot be made contiguous: each segment is mapped by itself\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [(), ("--untrusted",), ("--platform", "embedded")])
+def test_a_comparison_of_correct_strategies_breaks_no_rule(options: tuple[str, ...]) -> None:
+    assert main.run(["compare", "bs=64k,offset=512,iodepth=4,n=8", "--checker", *options]) == 0

@@ -390,7 +390,12 @@ class ContractChecker:
                 self._check_direction(device, what, directions, write)
                 return
         mapping = books.holding(addr, size)
-        if mapping is None:
+        first = mapping or books.holding(addr, 1)
+        if mapping is None and first is not None:  # mappings that meet are one range to a device
+            cut = first.addr + first.size - addr
+            self.accessed(device, addr, cut, write)
+            self.accessed(device, addr + cut, size - cut, write)
+        elif mapping is None:
             self._report(device, "device-access", f"{what}: not inside anything that is mapped", consts.EFAULT)
         else:
             self._check_direction(device, what, {mapping.direction}, write)
