@@ -97,6 +97,8 @@ def test_wrong_arguments_are_one_line_that_names_the_help(argv: list[str], messa
 def test_options_without_effect_are_refused(capsys: Any) -> None:
     assert main.run([*SMALL, "--iommu", "none", "--mode", "lazy"]) == 2
     assert "--iommu none --mode lazy" in capsys.readouterr().err
+    assert main.run([*SMALL, "--p2p", "bus", "--checker"]) == 2
+    assert "--p2p bus --checker" in capsys.readouterr().err
     assert main.run(["replay", str(TRACE), "--defect", "nonsense"]) == 2
     assert "defect 'nonsense' is not known" in capsys.readouterr().err
 

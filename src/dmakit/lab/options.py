@@ -54,6 +54,10 @@ class Options:
             return replace(self, mode="strict")
         if self.p2p != "none" and not self.coherent:
             raise InputError(f"--p2p {self.p2p} --no-coherent: peer memory has no CPU caches to maintain")
+        if self.p2p == "bus" and self.checker:
+            raise InputError(
+                "--p2p bus --checker: bus addresses come from no mapping call that the checker could watch"
+            )
         defects_of(self.defects)
         return self
 
