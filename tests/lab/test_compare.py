@@ -184,8 +184,9 @@ def test_a31_every_slow_request_is_explained(capsys: Any) -> None:
     assert run(["explain", "bs=8k,piece=2k,n=3"]) == 0
     out = capsys.readouterr().out
     assert "per-segment: GAP_IN_MERGE_BOUNDARY  3 of 3 requests, SLOW path" in out
-    assert "rule: a segment starts or ends inside an IOMMU granule" in out
-    assert "fast: buffers whose interior segments start and end on the granule" in out
+    assert "SLOW path: a segment starts or ends inside an IOMMU granule" in out
+    assert "; to be fast: buffers whose interior segments start and end on the granule" in out
+    assert out.count("\n") == 1
     assert run(["explain", "bs=8k,piece=2k,n=3", "--request", "1", "--json", "-"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["request"]["reason"] == "GAP_IN_MERGE_BOUNDARY" and len(document["request"]["segments"]) == 4

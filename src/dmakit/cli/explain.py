@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json != "-":
         if detail is not None:
             print_detail(detail)
-        print_explanation(lines, found.total, examples=bool(args.reason))
+        print_explanation(lines, found.total, examples=bool(args.reason) or detail is not None)
         for text in source.missing():
             print(f"not knowable from this trace: {text}")
     return 0

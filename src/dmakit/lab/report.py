@@ -201,20 +201,14 @@ def print_detail(detail: Detail) -> None:
 
 
 def print_explanation(lines: list[Line], total: int, *, examples: bool = False) -> None:
-    """One line a (path, reason): count, rule, what would make it fast."""
+    """One line a (path, reason): count, phases, rule, what would make it fast; ``examples`` adds the details."""
     out = console()
     for line in lines:
-        share = f"{line.count} of {total}"
-        kind = "fast" if line.fast else "SLOW"
-        head = Text.assemble((line.path, "bold"), f": {line.reason.name}  {share} requests, {kind} path")
-        out.print(head, soft_wrap=True)
-        say(out, f"    rule: {line.rule.text}")
-        if not line.fast:
-            say(out, f"    fast: {line.rule.remedy}")
         phases = ", ".join(f"{name} {count}" for name, count in line.phases if name)
-        if phases:
-            say(out, f"    phases: {phases}", style="dim")
+        kind = "fast path" if line.fast else "SLOW path"
+        head = f": {line.reason.name}  {line.count} of {total} requests{f' ({phases})' if phases else ''}, {kind}: "
+        fast = "" if line.fast else f"; to be fast: {line.rule.remedy}"
+        out.print(Text.assemble((line.path, "bold"), head, line.rule.text, fast), soft_wrap=not out.is_terminal)
         if examples:
             say(out, f"    requests: {', '.join(map(str, line.examples))} … (--request N)")
-        if line.rule.source:
-            say(out, f"    source: {line.rule.source}", style="dim")
+            say(out, f"    source: {line.rule.source or 'a choice of the strategy'}", style="dim")
