@@ -24,7 +24,9 @@ root=$(mktemp -d "${TMPDIR:-/tmp}/dmakit-fresh.XXXXXX")
 trap 'umount "$root/proc" 2>/dev/null || true; rm -rf "$root"' EXIT INT TERM
 tar -xf "$base" -C "$root" --exclude='./dev/*'
 mkdir -p "$root/dev" "$root/proc" "$root/src" "$root/etc/ssl/certs"
-mknod -m 666 "$root/dev/null" c 1 3 && mknod -m 666 "$root/dev/urandom" c 1 9 && mknod -m 666 "$root/dev/zero" c 1 5
+mknod -m 666 "$root/dev/null" c 1 3 && mknod -m 666 "$root/dev/zero" c 1 5
+mknod -m 666 "$root/dev/full" c 1 7 && mknod -m 666 "$root/dev/urandom" c 1 9
+mkdir -m 1777 "$root/dev/shm"
 mount -t proc proc "$root/proc"
 cp /etc/resolv.conf /etc/hosts "$root/etc/" 2>/dev/null || true
 [ ! -e /etc/ssl/certs/ca-certificates.crt ] || cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
