@@ -57,6 +57,7 @@ COMPILED_MODULES = (
     "dmakit.iommu.pagetable",
     "dmakit.iommu.port",
     "dmakit.iommu.psc",
+    "dmakit.iommu.space",
     "dmakit.iommu.tables",
     "dmakit.iommu.translation",
     "dmakit.iommu.unit",

@@ -1,6 +1,6 @@
 from dmakit.failpoint cimport FailPoint
-from dmakit.iommu.domain cimport PageTableDomain
 from dmakit.iommu.gather cimport Gather
+from dmakit.iommu.space cimport Domain
 from dmakit.iova.domain cimport IovaDomain
 from dmakit.iova.flush_queue cimport FlushQueue
 from dmakit.ledger cimport Ledger
@@ -24,7 +24,7 @@ cdef int WARN_UNMAP_NOTHING
 cdef class MapCore:
     cdef readonly str name
     cdef readonly PhysicalMemory memory
-    cdef readonly PageTableDomain domain
+    cdef readonly Domain domain
     cdef readonly IovaDomain iovad
     cdef readonly FlushQueue flush_queue
     cdef readonly Swiotlb swiotlb

@@ -350,8 +350,10 @@ class IovaWindow:
         return end
 
     def _plain(self, direction: cython.int, attrs: cython.int) -> cython.bint:
-        """Whether linking a whole granule means its entry and nothing else: no events, no cache care."""
-        if self.core.events is not None or self.core.domain.events is not None or self.addr == 0:
+        """Whether linking a whole granule means its entry in our table and nothing else: no events, no cache care."""
+        if self.core.domain.table is None or self.addr == 0:
+            return False
+        if self.core.events is not None or self.core.domain.events is not None:
             return False
         if attrs & ATTR_REQUIRE_COHERENT or self.core._needs_cache_care(attrs) or direction == DMA_NONE:
             return False

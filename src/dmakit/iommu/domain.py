@@ -33,7 +33,6 @@ from dmakit.iova.arguments import within, words
 from dmakit.ledger import ROWS
 
 if cython.compiled:
-    from cython.cimports.cpython.long import PyLong_AsLongLongAndOverflow
     from cython.cimports.dmakit.consts import (
         CAUSE_OTHER,
         CAUSE_TABLE,
@@ -54,9 +53,9 @@ if cython.compiled:
     from cython.cimports.dmakit.iommu.formats.base import PtFormat
     from cython.cimports.dmakit.iommu.gather import Gather
     from cython.cimports.dmakit.iommu.pagetable import PageTable
+    from cython.cimports.dmakit.iommu.space import Domain
     from cython.cimports.dmakit.iommu.tables import TablePages
     from cython.cimports.dmakit.iommu.unit import IommuUnit
-    from cython.cimports.dmakit.iova.flush_queue import FlushTarget
 else:
     from dmakit.consts import (
         CAUSE_OTHER,
@@ -78,26 +77,11 @@ else:
     from dmakit.iommu.formats.base import PtFormat
     from dmakit.iommu.gather import Gather
     from dmakit.iommu.pagetable import PageTable
+    from dmakit.iommu.space import Domain
     from dmakit.iommu.tables import TablePages
     from dmakit.iommu.unit import IommuUnit
-    from dmakit.iova.flush_queue import FlushTarget
 
-_TOP = (1 << 64) - 1
 _PROT_TOP = 63  # all PROT_* bits
-
-
-@cython.exceptval(1, check=True)
-def _word(name: str, value: object, low: cython.ulonglong, high: cython.ulonglong) -> cython.ulonglong:
-    """``value`` as an integer in [low, high]: an ordinary int at once, anything else by the validator."""
-    if cython.compiled:
-        overflow: cython.int = 0
-        if type(value) is int:
-            number: cython.longlong = PyLong_AsLongLongAndOverflow(value, cython.address(overflow))
-            if number >= 0:
-                word: cython.ulonglong = number
-                if low <= word <= high:
-                    return word
-    return within(name, value, low, high)  # type: ignore[arg-type]
 
 
 def map_error(error: int, iova: int, phys: int, size: int, prot: int, mapped: int, table: PageTable) -> DmakitError:
@@ -122,7 +106,7 @@ def map_error(error: int, iova: int, phys: int, size: int, prot: int, mapped: in
 
 
 @cython.cclass
-class PageTableDomain(FlushTarget):
+class PageTableDomain(Domain):
     """A domain of ``unit`` with a table of ``levels`` levels in format ``fmt``; attaching takes a domain id (``did``).
 
     ``tables`` gives the table pages. ``reserved``: (start, size) ranges that are never to be mapped by the DMA layer
@@ -140,80 +124,26 @@ class PageTableDomain(FlushTarget):
     ) -> None:
         self.unit = unit
         self.tables = tables
-        self.ledger = tables.ledger
-        self.table = PageTable(fmt, tables, levels=levels, coherent_walker=unit.coherent_walker)
+        table = PageTable(fmt, tables, levels=levels, coherent_walker=unit.coherent_walker)
         try:
-            self.did = unit.attach(fmt, int(self.table.root), levels)
+            self.did = unit.attach(fmt, int(table.root), levels)
         except DmakitError:
-            self.table.destroy()
+            table.destroy()
             raise
-        self.granule = PAGE_SIZE
-        self.page_sizes = fmt.page_sizes
-        self.aperture_end = self.table.aperture_last
-        self.reserved = tuple(reserved)
-        self.capabilities = Capabilities(
+        can = Capabilities(
             unmap_unit="granule",
             deferred_flush=True,
             dirty=fmt.dirty_tracking,
             observes=frozenset(row.name for row in ROWS),
             cost_per_call="inline",
         )
-        self.dirty_tracking = False
-        self.events: list[tuple[object, ...]] | None = None
-        self.scratch = Gather()
-        self.pending = Gather()
+        super().__init__(
+            tables.ledger, can, aperture_end=table.aperture_last, page_sizes=fmt.page_sizes, reserved=reserved
+        )
+        self.table: PageTable = table
         self.last_error = 0
 
     # public ------------------------------------------------------------------------------------------------------
-
-    def map(
-        self,
-        iova: SupportsIndex,
-        phys: SupportsIndex,
-        size: SupportsIndex,
-        prot: SupportsIndex,
-        cpu: SupportsIndex = 0,
-    ) -> None:
-        """Map [iova, iova + size) to phys with PROT_READ and/or PROT_WRITE, without ``sync_map``.
-
-        All in bytes, multiples of the granule. When it raises, nothing of the range is mapped that was not before.
-        """
-        start: cython.ulonglong = _word("iova", iova, 0, _TOP)
-        target: cython.ulonglong = _word("phys", phys, 0, _TOP)
-        length: cython.ulonglong = _word("size", size, 0, _TOP)
-        bits: cython.int = _word("prot", prot, 0, _PROT_TOP)
-        error: cython.int = self._map(start, target, length, bits, self._on_cpu(cpu))
-        if error != 0:
-            raise map_error(-error, start, target, length, bits, int(self.scratch.mapped), self.table)
-
-    def sync_map(self, iova: SupportsIndex, size: SupportsIndex, cpu: SupportsIndex = 0) -> None:
-        """Tell the unit about new translations of the range (it acts only in caching mode)."""
-        self._sync_map(_word("iova", iova, 0, _TOP), _word("size", size, 1, _TOP), self._on_cpu(cpu))
-
-    def unmap(self, iova: SupportsIndex, size: SupportsIndex, cpu: SupportsIndex = 0) -> int:
-        """Unmap up to the first hole and invalidate at once; the bytes removed (more than asked if a leaf was cut)."""
-        start: cython.ulonglong = _word("iova", iova, 0, _TOP)
-        length: cython.ulonglong = _word("size", size, 0, _TOP)
-        on: cython.int = self._on_cpu(cpu)
-        unmapped: cython.ulonglong = self._unmap(start, length, self.pending)
-        self._flush(self.pending, on)
-        return unmapped
-
-    def unmap_gather(self, iova: SupportsIndex, size: SupportsIndex, gather: Gather) -> int:
-        """``unmap`` without the invalidation: it stays in ``gather`` for ``flush``. The bytes removed."""
-        return self._unmap(_word("iova", iova, 0, _TOP), _word("size", size, 0, _TOP), gather)
-
-    def flush(self, gather: Gather, cpu: SupportsIndex = 0) -> None:
-        """Invalidate what ``gather`` holds, free its table pages, and empty it; nothing when it is queued."""
-        self._flush(gather, self._on_cpu(cpu))
-
-    def flush_all(self, cpu: SupportsIndex = 0) -> None:
-        """Invalidate the whole domain."""
-        self._flush_all(CAUSE_OTHER, self._on_cpu(cpu))
-
-    def iova_to_phys(self, iova: SupportsIndex) -> int:
-        """The physical address that ``iova`` translates to, 0 when nothing is mapped there."""
-        return self._iova_to_phys(_word("iova", iova, 0, _TOP))
 
     def map_many(
         self, iovas: object, phys: object, sizes: object, prot: SupportsIndex, *, cpu: SupportsIndex = 0
@@ -252,6 +182,10 @@ class PageTableDomain(FlushTarget):
             raise MisuseError(f"out has {len(out_words)} items: needs {len(iova_words)}")
         return int(self._iova_to_phys_many(iova_words, out_words, len(iova_words)))
 
+    def map_error(self, error: int, iova: int, phys: int, size: int, prot: int) -> DmakitError:
+        """The exception that belongs to a failed map; ``error`` is a positive errno."""
+        return map_error(error, iova, phys, size, prot, int(self.scratch.mapped), self.table)
+
     # dirty tracking ----------------------------------------------------------------------------------------------
 
     def set_dirty_tracking(self, on: bool, *, cpu: SupportsIndex = 0) -> None:
@@ -283,10 +217,6 @@ class PageTableDomain(FlushTarget):
         found = LeafBitScan(self.table, iova, size, bitmap, gather, page_size=page_size, flags=flags).run()
         self._invalidate(gather, CAUSE_OTHER, self._on_cpu(cpu))
         return found
-
-    def _on_cpu(self, cpu: object) -> cython.int:
-        number: cython.int = _word("cpu", cpu, 0, self.ledger.cpus - 1)
-        return number
 
     def _need_dirty(self) -> None:
         if not self.table.fmt.dirty_tracking:
@@ -358,10 +288,6 @@ class PageTableDomain(FlushTarget):
     def _flush_all(self, cause: cython.int, cpu: cython.int = 0) -> cython.void:
         """Invalidate the whole domain."""
         self.unit._flush_all(self.did, cause, cpu)
-
-    def _fq_flush_all(self, cause: cython.int) -> cython.void:
-        """The flush queue's flush."""
-        self._flush_all(cause, 0)
 
     def _fq_free_tables(self, head: cython.ulonglong) -> cython.void:
         """The flush queue's table pages, after its flush."""

@@ -1,19 +1,9 @@
-"""The Domain protocol: what the layers above need of an I/O address space, and what an implementation declares.
-
-A domain maps I/O virtual addresses (IOVA) to physical ones. ``map`` writes translations without telling the hardware,
-``sync_map`` tells it where that is needed, ``unmap`` removes translations into a gather, ``flush`` invalidates what a
-gather holds. Callers unmap what they linked; what a domain cannot do it declares in its ``capabilities``, so that the
-caller is refused with an UnsupportedError before anything changes.
-
-The forms below take and return Python objects and raise. A domain that the compiled layers drive also has them as
-typed internals (same names with an underscore) that return 0, -errno or bytes.
-"""
+"""What an I/O address space declares about itself, for the layers above (``iommu.space.Domain``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,46 +21,3 @@ class Capabilities:
     dirty: bool
     observes: frozenset[str]
     cost_per_call: Literal["inline", "syscall", "message"]
-
-
-class Domain(Protocol):
-    """An I/O address space. Addresses and sizes in bytes; ``aperture_end`` is the highest IOVA (inclusive)."""
-
-    @property
-    def granule(self) -> int: ...
-
-    @property
-    def page_sizes(self) -> int: ...
-
-    @property
-    def aperture_end(self) -> int: ...
-
-    @property
-    def reserved(self) -> Sequence[tuple[int, int]]: ...
-
-    @property
-    def capabilities(self) -> Capabilities: ...
-
-    def map(self, iova: int, phys: int, size: int, prot: int, *, cpu: int = 0) -> None:
-        """Translate [iova, iova + size) to phys; nothing is mapped when it raises."""
-        ...
-
-    def sync_map(self, iova: int, size: int, *, cpu: int = 0) -> None:
-        """Make new translations of the range visible to the hardware."""
-        ...
-
-    def unmap(self, iova: int, size: int, *, cpu: int = 0) -> int:
-        """Remove translations up to the first hole and invalidate; the bytes removed."""
-        ...
-
-    def flush_all(self, *, cpu: int = 0) -> None:
-        """Invalidate everything that hardware caches of the domain."""
-        ...
-
-    def iova_to_phys(self, iova: int) -> int:
-        """The physical address behind ``iova``, 0 when there is none."""
-        ...
-
-    def read_and_clear_dirty(self, iova: int, size: int, bitmap: object, *, page_size: int, flags: int = 0) -> int:
-        """OR the dirty pages of the range into ``bitmap``; the number of dirty leaves."""
-        ...
