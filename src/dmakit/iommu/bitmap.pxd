@@ -1,5 +1,6 @@
 cdef extern from *:
     """
+    #define _prefetch_to_write(place) __builtin_prefetch(place, 1)
     #define _BY_1 0x5555555555555555ULL
     #define _EACH_4 0x1111111111111111ULL
     #define _EACH_8 0x0101010101010101ULL
@@ -22,6 +23,9 @@ cdef extern from *:
     int __builtin_popcountll(unsigned long long) noexcept nogil
     int __builtin_ctzll(unsigned long long) noexcept nogil
     void __builtin_prefetch(const void *) noexcept nogil
+    void _prefetch_to_write(const void *) noexcept nogil
+
+cdef Py_ssize_t _BLOCK
 
 cdef total_t _count(unsigned long long[::1] words) noexcept nogil
 cdef void _merge(unsigned long long[::1] target, unsigned long long[::1] source) noexcept nogil
@@ -33,6 +37,7 @@ cdef void _clear_range(unsigned long long[::1] words, unsigned long long first,
                        unsigned long long last) noexcept nogil
 cdef Py_ssize_t _emit(unsigned long long word, unsigned long long base, unsigned long long[::1] out,
                       Py_ssize_t at) noexcept nogil
+cdef Py_ssize_t _occupied(unsigned long long[::1] words, unsigned short[::1] places) noexcept nogil
 cdef unsigned long long _fields(int width, int shift) noexcept nogil
 cdef unsigned long long _fold(unsigned long long word, int shift) noexcept nogil
 cdef void _coarsen(unsigned long long[::1] words, unsigned long long[::1] out, int shift,
@@ -49,6 +54,6 @@ cdef class Bitmap:
     cdef unsigned long long[::1] marks
     cdef Py_ssize_t _set_many(self, unsigned long long[::1] pages)
     cdef Py_ssize_t _scan_pages(self, unsigned long long[::1] marks, Py_ssize_t start,
-                                unsigned long long[::1] out) noexcept
+                                unsigned long long[::1] out, unsigned short[::1] places) noexcept
     cdef Py_ssize_t _scan_runs(self, unsigned long long[::1] marks, Py_ssize_t start,
                                unsigned long long[::1] out) noexcept
