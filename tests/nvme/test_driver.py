@@ -12,8 +12,8 @@ from dmakit.block.status import BlkStatus
 from dmakit.errors import DmakitError, ExhaustedError, HostError, MisuseError, UnsupportedError
 from dmakit.ledger import difference
 from dmakit.memory.buffers import Buffer
-from dmakit.nvme.controller import Controller
 from dmakit.nvme.driver import Done, NvmeDriver
+from dmakit.nvme.model import ControllerModel
 from dmakit.nvme.namespace import FileBacking, Namespace
 from dmakit.nvme.spec import PSDT_SGL_METABUF, Status
 from dmakit.nvme.transport import ModelTransport
@@ -38,7 +38,7 @@ class Rig:
         self.machine = Machine(**{"ram": "64M", "swiotlb": "1M", **(machine or {})})
         self.device = self.machine.device("nvme0", **(device or {}))
         self.space = Namespace(1, BLOCKS, **(namespace or {}))
-        self.controller = Controller(self.device.port, [self.space], **(controller or {}))
+        self.controller = ControllerModel(self.device.port, [self.space], **(controller or {}))
         self.driver = NvmeDriver(ModelTransport(self.controller, self.device), **driver)
 
     def start(self) -> Rig:

@@ -7,8 +7,8 @@ import pytest
 from dmakit.block.request import Op, Request
 from dmakit.block.status import BlkStatus
 from dmakit.errors import UnsupportedError
-from dmakit.nvme.controller import Controller
 from dmakit.nvme.driver import NvmeDriver
+from dmakit.nvme.model import ControllerModel
 from dmakit.nvme.namespace import Namespace
 from dmakit.nvme.transport import ModelTransport
 from dmakit.p2p.state import P2pState
@@ -36,7 +36,7 @@ class PeerRig:
         self.topology = PciTopology(self.machine.memory)
         self.provider = self.topology.provide(owner, self.bar.start, self.bar.size)
         self.device = self.machine.device("nvme0")
-        self.controller = Controller(self.device.port, [Namespace(1, 4096)])
+        self.controller = ControllerModel(self.device.port, [Namespace(1, 4096)])
         peer = P2pState(self.topology, client, self.machine.ledger)
         self.driver = NvmeDriver(ModelTransport(self.controller, self.device), peer=peer)
         self.driver.start()

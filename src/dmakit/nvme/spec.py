@@ -1,6 +1,6 @@
 """Numbers of the NVM Express specification: opcodes, statuses, registers, identify offsets, descriptor types.
 
-Only numbers and the packing of a status; behaviour lives with the noun it belongs to (``controller``, ``queues``,
+Only numbers and the packing of a status; behaviour lives with the noun it belongs to (``model``, ``queues``,
 ``prp``, ``sgl``). Sources: NVM Express Base Specification 2.0 (statuses: figure "Status Code - Generic Command
 Status Values" and its neighbours; registers: "Property Definitions"), NVM Command Set Specification 1.0.
 """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dmakit.nvme.coherent import DeviceSource
 
 if TYPE_CHECKING:
-    from dmakit.nvme.controller import Controller
+    from dmakit.nvme.model import ControllerModel
     from dmakit.nvme.pool import CoherentSource
 
 
@@ -62,7 +62,7 @@ class Transport(Protocol):
 class ModelTransport:
     """A controller model on a device of the software machine."""
 
-    def __init__(self, controller: Controller, device: Any) -> None:
+    def __init__(self, controller: ControllerModel, device: Any) -> None:
         self.controller = controller
         self.device = device
         self.read32 = controller.read32

@@ -8,8 +8,8 @@ import pytest
 
 from dmakit.errors import FaultError, MisuseError
 from dmakit.nvme.command import Command, Completion
-from dmakit.nvme.controller import Controller
 from dmakit.nvme.identify import ControllerFacts, NamespaceFacts
+from dmakit.nvme.model import ControllerModel
 from dmakit.nvme.namespace import MemoryBacking, Namespace
 from dmakit.nvme.spec import (
     CC_EN,
@@ -54,7 +54,7 @@ class Host:
     def __init__(self, *, io: bool = True, **options: object) -> None:
         self.port = FlatPort()
         self.space = Namespace(1, 1024, metadata_size=8)
-        self.controller = Controller(self.port, [self.space], **options)
+        self.controller = ControllerModel(self.port, [self.space], **options)
         self.tails = {0: 0, 1: 0}
         self.heads = {0: 0, 1: 0}
         self.phases = {0: 1, 1: 1}
@@ -107,7 +107,7 @@ def rw(op: Io, lba: int, count: int, low: int = DATA, high: int = 0, **fields: i
 
 class TestRegisters:
     def test_capabilities_and_version(self) -> None:
-        controller = Controller(FlatPort(), entries=256)
+        controller = ControllerModel(FlatPort(), entries=256)
         cap = controller.read64(Reg.CAP)
         assert cap & 0xFFFF == 255 and cap >> 16 & 1 and cap >> 37 & 1 and cap >> 32 & 15 == 0
         assert controller.read32(Reg.CAP + 4) == cap >> 32 and controller.read32(Reg.VS) == 0x00010400
@@ -124,13 +124,13 @@ class TestRegisters:
 
     @pytest.mark.parametrize(("aqa", "cc"), [(0, CC_EN), (7 << 16 | 7, CC_EN | 1 << 7), (7 << 16 | 7, CC_EN | 1 << 4)])
     def test_a_configuration_that_cannot_be_is_fatal(self, aqa: int, cc: int) -> None:
-        controller = Controller(FlatPort())
+        controller = ControllerModel(FlatPort())
         controller.write32(Reg.AQA, aqa)
         controller.write32(Reg.CC, cc)
         assert controller.read32(Reg.CSTS) == CSTS_CFS
 
     def test_masks_and_read_only(self) -> None:
-        controller = Controller(FlatPort())
+        controller = ControllerModel(FlatPort())
         controller.write32(Reg.INTMS, 6)
         controller.write32(Reg.INTMC, 2)
         assert controller.read32(Reg.INTMS) == controller.read32(Reg.INTMC) == 4
@@ -155,7 +155,7 @@ class TestRegisters:
 
     def test_bad_options(self) -> None:
         with pytest.raises(MisuseError, match=r"^sgl='bit': must be one of none, byte, dword$"):
-            Controller(FlatPort(), sgl="bit")
+            ControllerModel(FlatPort(), sgl="bit")
 
 
 class TestAdmin:

@@ -49,7 +49,7 @@ _CAP_CONTIGUOUS = 1 << 16
 _CAP_NVM = 1 << 37
 
 
-class Controller:
+class ControllerModel:
     """A controller with its namespaces.
 
     ``port``: its way to memory; ``sgl``: ``none``, ``byte`` or ``dword`` (granularity); ``mdts``: largest transfer as a
@@ -234,7 +234,7 @@ class Controller:
         for space in self.io.namespaces.values():
             space.close()
 
-    def __enter__(self) -> Controller:
+    def __enter__(self) -> ControllerModel:
         return self
 
     def __exit__(
