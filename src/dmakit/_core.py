@@ -28,6 +28,7 @@ from types import ModuleType
 
 COMPILED_MODULES = (
     "dmakit.bench.native",
+    "dmakit.bench.pairs",
     "dmakit.block.dma_iter",
     "dmakit.block.request",
     "dmakit.block.segments",

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dmakit.bench import bitmap_rows, history, suite, yardsticks
+from dmakit.bench import bitmap_rows, history, suite, thread_rows, yardsticks
 from dmakit.bench.native import walk
 from dmakit.bench.row import Bench, Row
 from dmakit.cli.main import run
 from dmakit.iommu.bitmap import Bitmap
+from dmakit.iova.domain import IovaDomain
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +36,14 @@ def test_rows_are_complete_and_unique() -> None:
     rows = suite.all_rows()
     ids = [row.id for row in rows]
     assert len(set(ids)) == len(ids)
-    assert ids == sorted(ids, key=lambda text: (int(text.rstrip("abcdefgh")), text))
+    numbered = [text for text in ids if text[0].isdigit()]
+    assert numbered == sorted(numbered, key=lambda text: (int(text.rstrip("abcdefgh")), text))
+    assert ids[len(numbered) :] == ["T0", "T1", "T1p", "T2", "T2p", "T4", "T4p"]
     for row in rows:
         assert row.better in ("lower", "higher")
         assert row.yardstick in yardsticks.NAMES
-        assert row.goal > 0 and row.times > 0 and row.unit and row.name
+        assert (row.goal is None) == (row.id[0] == "T")
+        assert (row.goal or 1) > 0 and row.times > 0 and row.unit and row.name
     assert {"10a", "10b", "10c", "11a", "11b"} <= set(ids)
 
 
@@ -48,6 +53,28 @@ def test_every_bitmap_row_can_be_measured() -> None:
         figure = suite.measured(row, bench, 1)
         assert figure.error is None
         assert figure.ratio is not None and figure.ratio > 0
+
+
+def test_thread_rows_count_pairs_and_name_the_cores() -> None:
+    bench = Bench(short=True, compiled=False, cores=tuple(os.sched_getaffinity(0))[:1])
+    for row in thread_rows.ROWS:
+        figure = suite.measured(row, bench, 1)
+        assert (figure.error, figure.met) == (None, None)
+        assert figure.note is not None and "M pairs/s in all" in figure.note
+        threads = int(row.id[1])
+        assert ("threads on 1 cores" in figure.note) == (threads > 1)
+    plain = bench.once("threads alone", IovaDomain).ledger.snapshot()
+    assert plain["iova_failed"] == 0
+    assert plain["iova_magazine"] + plain["iova_tree"] == plain["iova_free_magazine"] > 0
+
+
+def test_a_thread_that_fails_is_an_error_not_a_hang() -> None:
+    def broken(cpu: int, *rest: object) -> None:
+        if cpu == 1:
+            raise ValueError("cpu 1")
+
+    with pytest.raises(ValueError, match=r"^cpu 1$"):
+        thread_rows.elapsed(Bench(), 3, 1, broken)
 
 
 def test_yardsticks_are_positive_and_the_walk_translates() -> None:
@@ -88,6 +115,9 @@ def test_choosing_rows() -> None:
     assert [row.id for row in suite.chosen(rows, ["10"])] == ["10a", "10b"]
     assert [row.id for row in suite.chosen(rows, ["1", "10b"])] == ["1", "10b"]
     assert len(suite.chosen(rows, [])) == 4
+    threads = [row.id for row in suite.chosen(suite.all_rows(), ["T2"])]
+    assert threads == ["T2", "T2p"]
+    assert [row.id for row in suite.chosen(suite.all_rows(), ["T"])][:2] == ["T0", "T1"]
 
 
 def test_a_statement_is_executed_that_often() -> None:
@@ -123,6 +153,22 @@ def test_gross_losses() -> None:
     assert history.losses(report, {"1": 11.0}) == ["row 1 (x): ratio 5, recorded 11"]
     row |= {"ratio": None, "error": "no memory"}
     assert history.losses(report, {"1": 1.0}) == ["row 1 (x): no memory"]
+
+
+def test_a_row_without_a_goal_is_shown_and_kept_but_not_held_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = Row(
+        "T9", "tells", "ns", None, "lower", "own", lambda b: (2.0, 1.0), note=lambda b, value: f"{value:g} is two"
+    )
+    held = Row("1", "holds", "ns", 3.0, "lower", "own", lambda b: (2.0, 1.0))
+    monkeypatch.setattr(suite, "all_rows", lambda: [held, row])
+    monkeypatch.setattr(history, "recorded", lambda: {"1": 2.0})
+    path = tmp_path / "ratios.json"
+    assert run(["bench", "--short", "--repetitions", "1", "--record", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "1 of 1 goals met" in shown and "T9: 2 is two" in shown
+    assert json.loads(path.read_text()) == {"1": 2.0}
 
 
 def test_broken_reports_are_passed_over(own_cache: Path) -> None:

@@ -2,8 +2,8 @@
 
 Reports lie in ``~/.cache/dmakit/bench`` (``XDG_CACHE_HOME``), one file a run. Only runs of the same form of the core
 and of the same length are compared. The ratios that continuous integration holds a run to are in the package,
-``data/bench_ratios.json``, row by row; a *gross loss* is a ratio that is worse by a factor of 2: anything less may be
-the machine that the run shared with others.
+``data/bench_ratios.json``, row by row, those with a goal; a *gross loss* is a ratio that is worse by a factor of 2:
+anything less may be the machine that the run shared with others.
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ def earlier(report: dict[str, object], where: Path | None = None) -> dict[str, f
     return ratios
 
 
-def ratios_of(report: dict[str, object]) -> dict[str, float]:
-    """Row id to ratio, of the rows that were measured."""
+def ratios_of(report: dict[str, object], *, goals: bool = False) -> dict[str, float]:
+    """Row id to ratio, of the rows that were measured; ``goals``: without those that only inform."""
     rows = report["rows"]
     assert isinstance(rows, list)
-    return {row["id"]: float(row["ratio"]) for row in rows if row["ratio"] is not None}
+    chosen = [row for row in rows if row["ratio"] is not None and not (goals and row["goal"] is None)]
+    return {row["id"]: float(row["ratio"]) for row in chosen}
 
 
 def recorded(path: Path = RECORDED) -> dict[str, float]:

@@ -7,6 +7,7 @@ per operation; the runner calls it at least nine times, each time beside its yar
 * ``yardstick`` E, F or W: ns per operation of the work against ns of the yardstick. M: ns per *byte*.
 * ``yardstick`` own: ``measure`` returns ``(value, peer)``: the work and its peer, measured beside it.
 * ``times``: the ratio is to so many yardsticks ("2.3 × two empty calls": goal 2.3, times 2).
+* ``goal`` None: the row informs, there is nothing to reach.
 * ``better`` lower: ratio = value / yardstick, at most ``goal``. ``better`` higher: yardstick / value, at least ``goal``
   (a rate against a rate: "0.9 × memcpy").
 
@@ -39,13 +40,15 @@ class Bench:
     """Helpers for ``measure``: state that outlives a repetition, timing, the yardsticks so far.
 
     ``short``: CI's form, take fewer operations. ``compiled``: False when the core runs interpreted: take far fewer.
-    ``yardsticks``: latest ns of E, F, W (an operation) and M (a byte).
+    ``yardsticks``: latest ns of E, F, W (an operation) and M (a byte). ``cores``: what threads may use (the run itself
+    stays on one); empty when nobody said.
     """
 
     short: bool = False
     compiled: bool = True
     yardsticks: dict[str, float] = field(default_factory=dict)
     kept: dict[str, object] = field(default_factory=dict)
+    cores: tuple[int, ...] = ()
 
     def once(self, key: str, make: Callable[[], Made]) -> Made:
         """What ``make()`` returned the first time ``key`` was asked for."""
@@ -81,11 +84,12 @@ class Row:
     id: str
     name: str
     unit: str
-    goal: float
+    goal: float | None
     better: str
     yardstick: str
     measure: Callable[[Bench], float | tuple[float, float]]
     times: float = 1.0
+    note: Callable[[Bench, float], str] | None = None  # a remark on the figure, given its value
 
 
 def _loop(code: str, names: list[str]) -> Callable[..., None]:

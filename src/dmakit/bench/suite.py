@@ -23,13 +23,16 @@ from dmakit import _core
 from dmakit.bench.row import Bench, Row
 from dmakit.bench.yardsticks import MEASURES
 
-MODULES = ("iova_rows", "iommu_rows", "dma_rows", "bitmap_rows", "nvme_rows", "trace_rows", "cli_rows")
+MODULES = ("iova_rows", "thread_rows", "iommu_rows", "dma_rows", "bitmap_rows", "nvme_rows", "trace_rows", "cli_rows")
 REPETITIONS = 9
 
 
 @dataclass
 class Figure:
-    """What was measured of a row; ``ratio`` is None when the work could not be measured (``error`` says why)."""
+    """What was measured of a row; ``ratio`` is None when the work could not be measured (``error`` says why).
+
+    ``goal`` and ``met`` are None in a row that only informs.
+    """
 
     id: str
     name: str
@@ -37,12 +40,13 @@ class Figure:
     unit: str
     ratio: float | None
     yardstick: str
-    goal: float
+    goal: float | None
     better: str
-    met: bool
+    met: bool | None
     spread: tuple[float, float] | None = None
     times: float = 1.0
     error: str | None = None
+    note: str | None = None
 
 
 def all_rows() -> list[Row]:
@@ -61,8 +65,9 @@ def order(row: Row) -> tuple[int, str]:
 
 
 def chosen(rows: list[Row], wanted: list[str]) -> list[Row]:
-    """The rows that were asked for by id (``10`` takes 10a, 10b …); all without a wish."""
-    return [row for row in rows if not wanted or any(re.fullmatch(rf"{re.escape(w)}[a-z]?", row.id) for w in wanted)]
+    """The rows that were asked for by id (``10`` takes 10a, 10b …, ``T`` all of T's); all without a wish."""
+    more = {wish: r"\d*[a-z]?" if wish.isalpha() else "[a-z]?" for wish in wanted}
+    return [row for row in rows if not more or any(re.fullmatch(re.escape(w) + end, row.id) for w, end in more.items())]
 
 
 @contextmanager
@@ -87,16 +92,28 @@ def measured(row: Row, bench: Bench, repetitions: int = REPETITIONS) -> Figure:
                 samples.append(sample)
     except Exception as error:
         wrong = f"{type(error).__name__}: {error}"
-        return Figure(row.id, row.name, None, row.unit, None, row.yardstick, row.goal, row.better, False, error=wrong)
+        lost = None if row.goal is None else False
+        return Figure(row.id, row.name, None, row.unit, None, row.yardstick, row.goal, row.better, lost, error=wrong)
     ratios = [value / (peer * row.times) for value, peer in samples]
     if row.better == "higher":
         ratios = [1 / ratio for ratio in ratios]
     ratio = median(ratios)
     quarters = quantiles(ratios, n=4) if len(ratios) > 1 else [ratio] * 3
-    met = ratio <= row.goal if row.better == "lower" else ratio >= row.goal
+    met = reached(row, ratio)
     value = median(value for value, _ in samples)
     spread = (quarters[0], quarters[2])
-    return Figure(row.id, row.name, value, row.unit, ratio, row.yardstick, row.goal, row.better, met, spread, row.times)
+    figure = Figure(
+        row.id, row.name, value, row.unit, ratio, row.yardstick, row.goal, row.better, met, spread, row.times
+    )
+    figure.note = None if row.note is None else row.note(bench, value)
+    return figure
+
+
+def reached(row: Row, ratio: float) -> bool | None:
+    """Whether the goal is met; None without one."""
+    if row.goal is None:
+        return None
+    return ratio <= row.goal if row.better == "lower" else ratio >= row.goal
 
 
 def repetition(row: Row, bench: Bench) -> tuple[float, float]:
@@ -139,11 +156,12 @@ def run(
     """Measure ``rows``; the report as it is written to JSON."""
     running = str(_core.status()["running"])
     figures: list[Figure] = []
+    cores = tuple(sorted(os.sched_getaffinity(0)))
     with pinned(core) as cpu:
         shared = Bench(short=short, compiled=running == "compiled")
         limits = {name: median(measure(shared) for _ in range(repetitions)) for name, measure in MEASURES.items()}
         for row in rows:
-            bench = Bench(short, shared.compiled, dict(limits), shared.kept.copy())
+            bench = Bench(short, shared.compiled, dict(limits), shared.kept.copy(), cores)
             figures.append(measured(row, bench, repetitions))
             progress(figures[-1])
     return {

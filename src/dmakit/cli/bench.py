@@ -63,7 +63,7 @@ def write(report: dict[str, object], args: argparse.Namespace) -> None:
     if args.json:
         write_json(report, args.json)
     if args.record:
-        write_json(history.ratios_of(report), args.record)
+        write_json(history.ratios_of(report, goals=True), args.record)
 
 
 def print_report(report: dict[str, object], before: dict[str, float]) -> None:
@@ -80,15 +80,21 @@ def print_report(report: dict[str, object], before: dict[str, float]) -> None:
     print(f"{'row':>4}  {'work':<{width}}  {'value':>19}  {'ratio':>9}  {'middle half':>15}  {'goal':>12}  met  change")
     for row in rows:
         print(line_of(row, width, before.get(row["id"])))
-    met = sum(row["met"] for row in rows)
-    print(f"\n{met} of {len(rows)} goals met; a ratio is to so many yardsticks (own: its peer)")
+    for row in rows:
+        if row["note"]:
+            print(f"{row['id']:>4}: {row['note']}")
+    goals = [row["met"] for row in rows if row["goal"] is not None]
+    print(f"\n{sum(goals)} of {len(goals)} goals met; a ratio is to so many yardsticks (own: its peer)")
 
 
 def line_of(row: dict[str, object], width: int, before: float | None) -> str:
     """One row of the table."""
     times, ratio = row["times"], row["ratio"]
     measure = f"{row['yardstick']}" if times == 1 else f"{times:g}{row['yardstick']}"
-    goal = f"{'≤' if row['better'] == 'lower' else '≥'} {row['goal']:g} {measure}"
+    goal = (
+        f"{'≤' if row['better'] == 'lower' else '≥'} {row['goal']:g} {measure}" if row["goal"] is not None else measure
+    )
+    met = {None: "", True: "yes", False: "no"}[row["met"]]  # type: ignore[index]
     start = f"{row['id']:>4}  {row['name']:<{width}}"
     if not isinstance(ratio, float):
         return f"{start}  {row['error']}"
@@ -97,6 +103,4 @@ def line_of(row: dict[str, object], width: int, before: float | None) -> str:
     change = f"{ratio / before - 1:+.0%}" if before else ""
     value = f"{row['value']:.4g} {row['unit']}"
     middle = f"{spread[0]:.3g}–{spread[1]:.3g}"
-    return (
-        f"{start}  {value:>19}  {ratio:>9.3g}  {middle:>15}  {goal:>12}  {'yes' if row['met'] else 'no':<3}  {change}"
-    )
+    return f"{start}  {value:>19}  {ratio:>9.3g}  {middle:>15}  {goal:>12}  {met:<3}  {change}"

@@ -1,3 +1,4 @@
+cimport cython
 from dmakit.failpoint cimport FailPoint
 from dmakit.iova.rcache cimport IovaRcaches
 from dmakit.iova.search cimport IovaSearch
@@ -27,6 +28,12 @@ cdef class IovaAllocator:
     cdef unsigned long long _alloc_fast(
         self, int cpu, unsigned long long size, unsigned long long limit_pfn, bint flush_rcache
     ) noexcept nogil
+    @cython.final
+    cdef unsigned long long _alloc_near(
+        self, int cpu, unsigned long long size, unsigned long long limit_pfn) noexcept nogil
+    @cython.final
+    cdef unsigned long long _alloc_far(
+        self, int cpu, unsigned long long size, unsigned long long limit_pfn, bint flush_rcache) noexcept nogil
     cdef unsigned long long _alloc(self, int cpu, unsigned long long size, unsigned long long limit_pfn) noexcept nogil
     cdef void _free_fast(self, int cpu, unsigned long long pfn, unsigned long long size) noexcept nogil
     cdef bint _free(self, int cpu, unsigned long long pfn) noexcept nogil

@@ -155,6 +155,15 @@ class IovaAllocator:
         self, cpu: cython.int, size: cython.ulonglong, limit_pfn: cython.ulonglong, flush_rcache: cython.bint
     ) -> cython.ulonglong:
         """First pfn, or 0."""
+        pfn: cython.ulonglong = self._alloc_near(cpu, size, limit_pfn)
+        if pfn == 0:
+            pfn = self._alloc_far(cpu, size, limit_pfn, flush_rcache)
+        if self._recording:
+            self._emit_alloc(size, limit_pfn, pfn)
+        return pfn
+
+    def _alloc_near(self, cpu: cython.int, size: cython.ulonglong, limit_pfn: cython.ulonglong) -> cython.ulonglong:
+        """From the magazines of ``cpu``, the depot or the tree; touches no other CPU's magazines. 0: not there."""
         one: cython.ulonglong = 1
         order: cython.int = ceil_log2(size)
         length: cython.ulonglong = one << order if order < IOVA_RANGE_CACHE_MAX_SIZE else size
@@ -163,12 +172,22 @@ class IovaAllocator:
             pfn = self.rcaches._get(cpu, order, limit_pfn + 1 - length)
         if pfn == 0:
             pfn = self._alloc(cpu, length, limit_pfn)
-            if pfn == 0 and flush_rcache:
-                self._flush_rcaches(cpu)
-                pfn = self._alloc(cpu, length, limit_pfn)
-            self.ledger.counts[L_IOVA_TREE if pfn else L_IOVA_FAILED] += 1
-        if self._recording:
-            self._emit_alloc(size, limit_pfn, pfn)
+            if pfn != 0:
+                self.ledger.counts[L_IOVA_TREE] += 1
+        return pfn
+
+    def _alloc_far(
+        self, cpu: cython.int, size: cython.ulonglong, limit_pfn: cython.ulonglong, flush_rcache: cython.bint
+    ) -> cython.ulonglong:
+        """After ``_alloc_near`` found nothing: empty every magazine into the tree, if wanted, and search once more."""
+        one: cython.ulonglong = 1
+        order: cython.int = ceil_log2(size)
+        length: cython.ulonglong = one << order if order < IOVA_RANGE_CACHE_MAX_SIZE else size
+        pfn: cython.ulonglong = 0
+        if flush_rcache:
+            self._flush_rcaches(cpu)
+            pfn = self._alloc(cpu, length, limit_pfn)
+        self.ledger.counts[L_IOVA_TREE if pfn else L_IOVA_FAILED] += 1
         return pfn
 
     def _alloc(self, cpu: cython.int, size: cython.ulonglong, limit_pfn: cython.ulonglong) -> cython.ulonglong:

@@ -4,12 +4,15 @@ from dmakit.iova.domain cimport IovaDomain
 
 cdef extern from *:
     int test_and_set "__sync_lock_test_and_set"(int* word, int value) noexcept nogil
+    int held "__atomic_load_n"(int* word, int order) noexcept nogil
     void unset "__sync_lock_release"(int* word) noexcept nogil
 
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
+
+cdef int _LOOKS
 
 @cython.final
 cdef class SharedDomain:
@@ -19,13 +22,17 @@ cdef class SharedDomain:
     cdef list _locks
     cdef void _enter(self, int lock) noexcept nogil
     cdef void _leave(self, int lock) noexcept nogil
-    cdef void _enter_all(self) noexcept nogil
-    cdef void _leave_all(self) noexcept nogil
+    cdef void _enter_shared(self, int cpu) noexcept nogil
+    cdef void _leave_shared(self, int cpu) noexcept nogil
+    cdef void _enter_others(self, int cpu) noexcept nogil
+    cdef void _leave_others(self, int cpu) noexcept nogil
     cdef void _count(self, int row, long long amount) noexcept nogil
     cdef unsigned long long _alloc_one(
         self, int cpu, unsigned long long size, unsigned long long limit_pfn, bint flush_rcache
     ) noexcept nogil
-    cdef bint _free_one(self, int cpu, unsigned long long pfn, unsigned long long size) noexcept nogil
+    cdef bint _free_one(
+        self, int cpu, unsigned long long pfn, unsigned long long size, bint check
+    ) noexcept nogil
     cdef Py_ssize_t _alloc_words(
         self, int cpu, object sizes, unsigned long long limit_pfn, bint flush, object pfns
     ) except? -1

@@ -5,15 +5,17 @@ alone. This form locks, and needs no GIL for that: any number of threads may cal
 
 Locks: one for each CPU's magazines, one (the last) for everything shared: depots, tree, magazine memory, ledger. As
 long as a batch is served by the loaded magazine it holds only its CPU's lock, for one run; CPUs do not meet there.
-Whatever has to change more holds all locks: first the shared one, then the CPUs' in order. Who holds a CPU's lock alone
-waits for nothing, so nobody waits in a circle; and whoever waits has given up the GIL, because the holder may need it
-(to grow an array, to arm a timer, to record an event).
+Prev, a depot and the tree are reached with the shared lock and then the CPU's own; to empty every CPU's magazines, or
+to move their memory because it grows, the others' are taken too. Who holds a CPU's lock alone waits for nothing, and
+only the holder of the shared lock waits for a CPU's, so nobody waits in a circle; and whoever waits has given up the
+GIL, because the holder may need it (to grow an array, to arm a timer, to record an event).
 
 What a batch took from magazines is added to the ledger at its end. The ledger of other parts of the machine must not be
 counted by other threads meanwhile: give the domain its own, or count from one thread.
 
-Compiled, a lock is one word (a cache line apart), taken by an atomic exchange, with a yield to other threads while it
-is held; interpreted it is ``threading.Lock``.
+Compiled, a lock is one word (a cache line apart), taken by an atomic exchange; who finds it held looks at it for a
+while (it is held for a run of a magazine, or for one search) and then yields to other threads. Interpreted it is
+``threading.Lock``.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ else:
     from dmakit.consts import IOVA_RANGE_CACHE_MAX_SIZE, L_IOVA_FREE_MAGAZINE, L_IOVA_MAGAZINE
     from dmakit.iova.bits import ceil_log2
     from dmakit.iova.domain import IovaDomain
+
+_LOOKS = 200
 
 
 @cython.cclass
@@ -68,7 +72,7 @@ class SharedDomain:
         on, wanted = self.domain._cpu(cpu), self.domain._pfn("size", size, 1)
         first = self.domain._pfn("pfn", pfn, 1)
         with cython.nogil:
-            known = self._free_one(on, first, wanted)
+            known = self._free_one(on, first, wanted, True)
         if not known:
             raise MisuseError(f"pfn={first:#x}: no range is allocated there")
 
@@ -105,9 +109,14 @@ class SharedDomain:
     # Locks -------------------------------------------------------------------------------------------------------
 
     def _enter(self, lock: cython.int) -> cython.void:
+        looks: cython.int
         if cython.compiled:
             while test_and_set(cython.address(self._held[lock << 4]), 1):  # noqa: F821 (shared.pxd)
-                sched_yield()  # noqa: F821
+                looks = _LOOKS
+                while looks and held(cython.address(self._held[lock << 4]), 0):  # noqa: F821
+                    looks -= 1
+                if looks == 0:
+                    sched_yield()  # noqa: F821
         else:
             self._locks[lock].acquire()
 
@@ -117,18 +126,27 @@ class SharedDomain:
         else:
             self._locks[lock].release()
 
-    def _enter_all(self) -> cython.void:
-        """The shared lock, then every CPU's."""
-        cpu: cython.int
+    def _enter_shared(self, cpu: cython.int) -> cython.void:
+        """The shared lock, then that of ``cpu``."""
         self._enter(self.cpus)
-        for cpu in range(self.cpus):
-            self._enter(cpu)
+        self._enter(cpu)
 
-    def _leave_all(self) -> cython.void:
-        cpu: cython.int
-        for cpu in range(self.cpus):
-            self._leave(cpu)
+    def _leave_shared(self, cpu: cython.int) -> cython.void:
+        self._leave(cpu)
         self._leave(self.cpus)
+
+    def _enter_others(self, cpu: cython.int) -> cython.void:
+        """Every other CPU's lock, in ``_enter_shared``."""
+        other: cython.int
+        for other in range(self.cpus):
+            if other != cpu:
+                self._enter(other)
+
+    def _leave_others(self, cpu: cython.int) -> cython.void:
+        other: cython.int
+        for other in range(self.cpus):
+            if other != cpu:
+                self._leave(other)
 
     # Internals: called without the GIL -------------------------------------------------------------------------
 
@@ -142,18 +160,32 @@ class SharedDomain:
     def _alloc_one(
         self, cpu: cython.int, size: cython.ulonglong, limit_pfn: cython.ulonglong, flush_rcache: cython.bint
     ) -> cython.ulonglong:
-        self._enter_all()
-        pfn: cython.ulonglong = self.domain._alloc_fast(cpu, size, limit_pfn, flush_rcache)
-        self._leave_all()
+        """As ``IovaDomain._alloc_fast``."""
+        self._enter_shared(cpu)
+        pfn: cython.ulonglong = self.domain._alloc_near(cpu, size, limit_pfn)
+        if pfn == 0:
+            self._enter_others(cpu)
+            pfn = self.domain._alloc_far(cpu, size, limit_pfn, flush_rcache)
+            self._leave_others(cpu)
+        if self.domain._recording:
+            self.domain._emit_alloc(size, limit_pfn, pfn)
+        self._leave_shared(cpu)
         return pfn
 
-    def _free_one(self, cpu: cython.int, pfn: cython.ulonglong, size: cython.ulonglong) -> cython.bint:
-        """False when no range is allocated at ``pfn``."""
-        self._enter_all()
-        known: cython.bint = self.domain.search.tree._find(pfn) != 0
+    def _free_one(
+        self, cpu: cython.int, pfn: cython.ulonglong, size: cython.ulonglong, check: cython.bint
+    ) -> cython.bint:
+        """As ``IovaDomain._free_fast``; false when ``check`` finds that no range is allocated at ``pfn``."""
+        self._enter_shared(cpu)
+        known: cython.bint = not check or self.domain.search.tree._find(pfn) != 0
+        grows: cython.bint = self.domain.rcaches.pool.unused == 0
         if known:
+            if grows:
+                self._enter_others(cpu)
             self.domain._free_fast(cpu, pfn, size)
-        self._leave_all()
+            if grows:
+                self._leave_others(cpu)
+        self._leave_shared(cpu)
         return known
 
     def _alloc_words(
@@ -251,8 +283,6 @@ class SharedDomain:
                 cached += put
                 i += put
                 if i < end:
-                    self._enter_all()
-                    self.domain._free_fast(cpu, pfns[i], sizes[i])
-                    self._leave_all()
+                    self._free_one(cpu, pfns[i], sizes[i], False)
                     i += 1
         self._count(L_IOVA_FREE_MAGAZINE, cached)
