@@ -190,7 +190,7 @@ RULES: dict[Reason, Rule] = {
         "a controller with SGL support, or buffers whose interior segments are page-aligned",
         "drivers/nvme/host/pci.c nvme_pci_setup_data_prp",
     ),
-    Reason.NOT_IN_TRACE: Rule("not knowable from this trace", "record the missing events (dmakit record --print)"),
+    Reason.NOT_IN_TRACE: Rule("not knowable from this trace", "record the missing events (dmakit record --help)"),
 }
 
 

@@ -75,5 +75,5 @@ def test_text_without_any_known_event_is_refused(tmp_path: Path) -> None:
         load(path)
     assert str(caught.value) == (
         f"{path}: no recognised event in 2 lines (1 of unknown events, 1 malformed lines (line 1: 'hello')); "
-        "expected ftrace text, see: dmakit record --print"
+        "expected ftrace text, see: dmakit record --help"
     )

@@ -21,7 +21,7 @@ VERBS = {
     "compare": "run one workload through every mapping strategy, byte-checked, side by side",
     "explain": "say for every request which path it took, why, and what would make it fast",
     "replay": "replay recorded kernel traces, golden vectors or step files on dmakit's stack",
-    "record": "print a script that records such a trace on your kernel",
+    "record": "record what this kernel does for DMA mapping while a command runs",
     "bench": "measure this code against the limits of this machine",
     "doctor": "show which core runs and why, the compiler and the versions",
     "test": "run the test-suite of a checkout, interpreted and compiled",

@@ -14,13 +14,18 @@ from dmakit.errors import InputError
 _ARCHIVES = ("", ".xz", ".zst", ".gz")
 
 
-def boot_file(path: str | Path) -> Path | None:
-    """The boot trace that belongs to a trace, by its name, or None."""
-    path = Path(path)
+def _stem(path: Path) -> str:
+    """A trace's name without archive, ``.txt`` and ``.trace``."""
     stem = path.name
     for suffix in _ARCHIVES[1:]:
         stem = stem.removesuffix(suffix)
-    stem = stem.removesuffix(".txt").removesuffix(".trace")
+    return stem.removesuffix(".txt").removesuffix(".trace")
+
+
+def boot_file(path: str | Path) -> Path | None:
+    """The boot trace that belongs to a trace, by its name, or None."""
+    path = Path(path)
+    stem = _stem(path)
     for suffix in _ARCHIVES:
         candidate = path.with_name(f"{stem}.boot.txt{suffix}")
         if candidate.exists() and candidate != path:
@@ -35,3 +40,9 @@ def chosen_boot(path: str | Path, given: str | Path | None) -> Path | None:
     if not Path(given).exists():
         raise InputError(f"--boot {given}: no such file")
     return Path(given)
+
+
+def boot_name(path: str | Path) -> Path:
+    """Where the boot trace of a trace belongs: ``NAME.boot.txt`` beside it."""
+    path = Path(path)
+    return path.with_name(f"{_stem(path)}.boot.txt")

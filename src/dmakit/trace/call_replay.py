@@ -25,6 +25,7 @@ from dmakit.consts import L_IOVA_TREE
 from dmakit.errors import DmakitError
 from dmakit.trace import step_adopt
 from dmakit.trace.calls import EVENTS, Call, CallTrace, read_calls
+from dmakit.trace.facts import bounce_pool, lazy
 from dmakit.trace.recorded_machine import (
     ALL_ONES,
     BOUNCE_START,
@@ -152,14 +153,17 @@ def replay_calls(
 
 
 def _setup(trace: CallTrace, boot: Path | None, defects: tuple[str, ...]) -> Setup:
+    """The recorded machine: what ``dmakit record`` wrote down about it, otherwise what the events give away."""
+    policies = {lazy(trace.facts, call.device) for call in trace.calls if call.device} - {None}
+    pool = bounce_pool(trace.facts)
     slots = [event[3] for _, event in trace.events if event[0] == "tblmap" and event[3] != ALL_ONES]
     return Setup(
         boot=boot,
         untrusted=frozenset(trace.bounced),
-        strict=not trace.names & {"fqring_in", "fqto_in"},
+        strict=True not in policies if policies else not trace.names & {"fqring_in", "fqto_in"},
         caching_mode=trace.caching_mode,
         cpus=1 + max((call.cpu for call in trace.calls), default=0),
-        bounce_start=slots[0] & ~4095 if slots else BOUNCE_START,
+        bounce_start=pool[0] if pool else slots[0] & ~4095 if slots else BOUNCE_START,
         highest_phys=trace.highest_phys,
         first_domain_id=first_domain_id(boot, (event for _, event in trace.events)),
         defects=defects,

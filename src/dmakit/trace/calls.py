@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dmakit.trace.columns import Trace, load
 from dmakit.trace.step_events import Event
@@ -116,6 +117,7 @@ class CallTrace:
     bounced: set[str] = field(default_factory=set)
     highest_phys: int = 0
     malformed: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def caching_mode(self) -> bool:
@@ -148,6 +150,8 @@ def read_calls(path: str | Path) -> CallTrace:
     """Calls and compared events of the trace ``path``; InputError when it cannot be read."""
     scanned = load(path)
     reader = _Reader(CallTrace(Path(path), names=set(scanned.present()), malformed=scanned.malformed))
+    if scanned.recording is not None:
+        reader.trace.facts = scanned.recording.start
     for row in rows(scanned):
         reader.add(row)
     return reader.finish()

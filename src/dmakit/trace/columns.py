@@ -6,7 +6,8 @@ interrupt, ``s`` soft interrupt; 0 without the column), and one uint64 array a f
 into ``trace.names``; lists are slices of ``trace.pool``. A kind that does not occur gives an empty table.
 
 Order: the kernel prints events sorted by time; files that are not (per-CPU buffers put one after the other) are
-sorted by stamp, and the file's order breaks ties. ``lost`` are the ``[LOST 123 EVENTS]`` markers.
+sorted by stamp, and the file's order breaks ties. ``lost`` are the ``[LOST 123 EVENTS]`` markers. ``recording`` is what
+``dmakit record`` wrote into the file about itself.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dmakit.consts import SCAN_HEAD, SCAN_LOST
 from dmakit.errors import InputError
 from dmakit.trace.archive import CHUNK, line_chunks
 from dmakit.trace.events import ABSENT, EVENTS, KIND
+from dmakit.trace.recording import Recording, end_comments, read_end, read_start
 from dmakit.trace.scanner import Scanner
 
 Words = npt.NDArray[np.uint64]
@@ -86,6 +88,7 @@ class Trace:
     sorted_by_stamp: bool = False
     header: tuple[int, int, int] | None = None
     lost: Table = field(default_factory=lambda: _empty("lost"))
+    recording: Recording | None = None
 
     def table(self, name: str) -> Table:
         """The events of one kind (a name of ``events.EVENTS``)."""
@@ -121,13 +124,16 @@ class Trace:
 
     @property
     def overwritten(self) -> bool:
-        """Whether the header says that the ring buffer overwrote its oldest events."""
-        return self.header is not None and self.header[0] < self.header[1]
+        """Whether the header says that the ring buffer overwrote its oldest events, or (in a file by ``dmakit record``)
+        lost more than its marks show the place of."""
+        marked = int(self.lost["count"].sum()) if self.recording is not None else 0
+        return self.header is not None and self.header[0] + marked < self.header[1]
 
     @property
     def whole(self) -> bool:
         """Whether the header is there and every event that it counts is in the file."""
-        return self.header is not None and not self.overwritten and self.records + self.others >= self.header[0]
+        complete = self.recording is None or self.recording.complete
+        return complete and self.header is not None and self.header[0] == self.header[1] <= self.records + self.others
 
     @property
     def malformed_text(self) -> str:
@@ -165,8 +171,12 @@ class _Builder:
     def add(self, chunk: bytes) -> None:
         """Scan one chunk of whole lines."""
         trace, scanner = self.trace, self.scanner
-        if trace.lines == 0 and (found := _HEADER.search(chunk[:4096])):
-            trace.header = (int(found[1]), int(found[2]), int(found[3]))
+        if trace.lines == 0:
+            self._header(chunk[:4096])
+            trace.recording = read_start(chunk)
+        if trace.recording is not None and (comments := end_comments(chunk)):
+            self._header(comments)
+            read_end(trace.recording, comments)
         first = trace.records
         trace.lines += scanner.scan(chunk, trace.lines + 1)
         for kind in scanner.present():
@@ -179,6 +189,10 @@ class _Builder:
         self.pools.append(np.frombuffer(scanner.elements(), np.uint64).copy())
         self.pooled += scanner.pooled
         self._count(chunk)
+
+    def _header(self, text: bytes) -> None:
+        if found := _HEADER.search(text):
+            self.trace.header = (int(found[1]), int(found[2]), int(found[3]))
 
     @staticmethod
     def _lists(kind: int) -> list[int]:
@@ -258,6 +272,6 @@ def load(path: str | Path) -> Trace:
     if trace.records - len(trace.lost) == 0:
         raise InputError(
             f"{path}: no recognised event in {trace.lines} lines ({trace.others} of unknown events, "
-            f"{trace.malformed_text}); expected ftrace text, see: dmakit record --print"
+            f"{trace.malformed_text}); expected ftrace text, see: dmakit record --help"
         )
     return trace

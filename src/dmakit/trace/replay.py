@@ -177,6 +177,8 @@ class TraceReplay:
 
     def _notes(self) -> None:
         trace, notes = self.trace, self.result.notes
+        if trace.recording is not None:
+            notes += trace.recording.notes()
         if self.boot is not None:
             notes.append(f"set-up of the domains from {self.boot.path}")
         if self.result.adopted:
@@ -188,7 +190,7 @@ class TraceReplay:
         if trace.sorted_by_stamp:
             notes.append("the lines were not in the order of time and were sorted by stamp")
         if not self.result.allocations:
-            notes.append("no allocator events: nothing to replay (passthrough, or see: dmakit record --print)")
+            notes.append("no allocator events: nothing to replay (passthrough, or see: dmakit record --help)")
             return
         present = set(trace.present()) | set(self.boot.present() if self.boot else ())
         notes += [f"without {' or '.join(n.events)} events: {n.lost}" for n in missing_events(present, "replay")]

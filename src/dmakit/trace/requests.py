@@ -233,6 +233,11 @@ class _Reader:
             f"{need.lost} (record {' or '.join(need.events)})"
             for need in missing_events(self.trace.present(), "compare")
         ]
+        lost = int(self.trace.lost["count"].sum())
+        if lost or self.trace.overwritten or (self.trace.recording and not self.trace.recording.complete):
+            self.out.missing.append(
+                f"{lost or 'some'} events: they were lost in recording, requests may be cut or absent"
+            )
 
 
 def extract(trace: Trace) -> Extracted:

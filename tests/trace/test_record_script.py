@@ -12,20 +12,22 @@ import pytest
 from dmakit.cli.main import run
 from dmakit.trace.columns import load
 from dmakit.trace.events import EVENTS, NEEDS, missing_events
-from dmakit.trace.record import ALLOCATOR, MAPPING, Probe, script
+from dmakit.trace.probes import ALLOCATOR, INVALIDATION, MAPPING, Probe
+from dmakit.trace.record_script import script
 
 DYNAMIC = {event.name: event for event in EVENTS}
 
 
-@pytest.mark.parametrize("probe", (*ALLOCATOR, *MAPPING), ids=lambda probe: probe.name)
+@pytest.mark.parametrize("probe", (*ALLOCATOR, *MAPPING, *INVALIDATION), ids=lambda probe: probe.name)
 def test_every_probe_is_an_event_that_the_scanner_reads(probe: Probe) -> None:
     event = DYNAMIC[probe.name]
-    assert event.symbol == probe.function
+    assert event.symbol in (probe.function, "")
     recorded = re.findall(r"(\w+)=", probe.arguments)
     needed = {field.column for field in event.fields if not field.optional}
     assert needed <= set(recorded) <= {field.column for field in event.fields}
     assert probe.fprobe().startswith(f"f:{probe.group}/{probe.name} {probe.function}")
-    assert ("%return" in probe.fprobe()) == probe.on_return == (probe.kprobe() == "")
+    assert ("%return" in probe.fprobe()) == probe.on_return == probe.kprobe().startswith("r256:")
+    assert probe.kprobe("own").split(":")[1].startswith(f"own/{probe.name} {probe.function} ")
 
 
 def tracefs(path: Path) -> Path:
@@ -93,7 +95,7 @@ def test_the_script_refuses_what_it_must_not_touch(tmp_path: Path) -> None:
 
 
 def test_the_record_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["record", "--print"]) == 0
+    assert run(["record", "--script"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("#!/bin/sh\n")
     assert subprocess.run(["sh", "-n"], input=printed, text=True, check=False).returncode == 0
