@@ -105,3 +105,107 @@ def test_threads_share_a_domain(same_cpu: bool) -> None:
     assert sum(counts[f"iova_{how}"] for how in ("magazine", "depot", "tree")) == calls
     domain.flush_rcaches()
     assert domain.node_count == threads * n
+
+
+class Owners:
+    """Who holds which pfn: a range that is handed out twice, or freed by who does not hold it, is an error."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.held: set[int] = set()
+
+    def take(self, pfns: array[int], sizes: array[int]) -> None:
+        pieces = [pfn + i for pfn, size in zip(pfns, sizes, strict=True) if pfn for i in range(size)]
+        with self.lock:
+            assert self.held.isdisjoint(pieces), sorted(self.held & set(pieces))[:9]
+            self.held.update(pieces)
+            assert len(set(pieces)) == len(pieces)
+
+    def give(self, pfns: array[int], sizes: array[int]) -> None:
+        pieces = {pfn + i for pfn, size in zip(pfns, sizes, strict=True) if pfn for i in range(size)}
+        with self.lock:
+            assert self.held >= pieces
+            self.held -= pieces
+
+
+def stress(shared: SharedDomain, limit: int, rounds: int, *, threads: int = 4) -> tuple[int, int, int]:
+    """Threads allocate and free batches, each freeing what another allocated: (allocated, failed, freed)."""
+    owners, mail, wrong = Owners(), [[] for _ in range(threads)], []
+    tally = [[0, 0, 0] for _ in range(threads)]
+
+    def work(me: int) -> None:
+        rnd = random.Random(me)
+        try:
+            for turn in range(rounds):
+                n = rnd.choice((1, 7, 64, 300, 1000))
+                sizes = array("Q", [1 << rnd.randrange(6) if turn % 3 == 0 else 1]) * n
+                if turn % 7 == 0:
+                    sizes = array("Q", [rnd.choice((1, 2, 3, 40)) for _ in range(n)])
+                pfns = array("Q", [0]) * n
+                done = shared.alloc_batch(sizes, limit, pfns, cpu=(me + turn // 50) % shared.cpus)
+                assert done == n - pfns.count(0)
+                owners.take(pfns, array("Q", [1 << (size - 1).bit_length() if size <= 32 else size for size in sizes]))
+                tally[me][0] += done
+                tally[me][1] += n - done
+                mail[(me + 1) % threads].append((pfns, sizes))
+                while mail[me] and (len(mail[me]) > 3 or rnd.random() < 0.7):
+                    theirs, spans = mail[me].pop()
+                    whole = array("Q", [1 << (size - 1).bit_length() if size <= 32 else size for size in spans])
+                    owners.give(theirs, whole)
+                    shared.free_batch(theirs, spans, cpu=me % shared.cpus)
+                    tally[me][2] += len(theirs) - theirs.count(0)
+        except BaseException as error:
+            wrong.append(error)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+    for box in mail:
+        for pfns, sizes in box:
+            shared.free_batch(pfns, sizes)
+            tally[0][2] += len(pfns) - pfns.count(0)
+    return sum(t[0] for t in tally), sum(t[1] for t in tally), sum(t[2] for t in tally)
+
+
+def conserved(domain: IovaDomain, allocated: int, failed: int, freed: int) -> None:
+    """The ledger's sums are exact, and nothing is lost."""
+    counts = domain.ledger.snapshot()
+    assert allocated == freed
+    assert sum(counts[f"iova_{how}"] for how in ("magazine", "depot", "tree")) == allocated
+    assert counts["iova_failed"] == failed
+    assert sum(row["rbtree"] for row in domain.ledger.lock_counts()) == counts["lock_rbtree"]
+    assert sum(row["depot"] for row in domain.ledger.lock_counts()) == counts["lock_depot"]
+    cached = domain.cached_pfns()
+    assert len({pfn for pfn, _ in cached}) == len(cached) == domain.node_count
+    domain.flush_rcaches()
+    assert domain.node_count == 0
+    after = domain.ledger.snapshot()
+    pool = domain.rcaches.pool
+    assert pool.allocated == 2 * 6 * domain.cpus
+    assert after["iova_free_magazine"] + after["iova_free_tree"] >= freed
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 4])
+def test_no_range_is_handed_out_twice_and_every_one_is_counted(cpus: int) -> None:
+    domain = IovaDomain(cpus=cpus)
+    sums = stress(SharedDomain(domain), (1 << 36) - 1, 40)
+    assert sums[1] == 0
+    conserved(domain, *sums)
+
+
+def test_the_same_when_the_space_runs_out() -> None:
+    """Then one CPU empties every CPU's magazines while the others use theirs."""
+    domain = IovaDomain(cpus=4)
+    sums = stress(SharedDomain(domain), 6000, 40)
+    assert sums[1] > 0 and domain.ledger.snapshot()["rcache_flushes"] > 0
+    conserved(domain, *sums)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("limit", [6000, (1 << 36) - 1])
+def test_the_same_for_long(limit: int) -> None:
+    domain = IovaDomain(cpus=3)
+    conserved(domain, *stress(SharedDomain(domain), limit, 4000, threads=6))
