@@ -1,4 +1,4 @@
-"""``dmakit doctor``: which core runs and why, the compiler, the versions."""
+"""``dmakit doctor``: which core runs and why, the compiler, the versions, and what this host can do for DMA."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ import sys
 import sysconfig
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import dmakit
 from dmakit import _core
+
+if TYPE_CHECKING:
+    from dmakit.platform.host import Finding
 
 PACKAGES = ("numpy", "rich", "zstandard", "cython")
 
@@ -43,8 +47,16 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
+def host_findings() -> list[Finding]:
+    """What this host can do."""
+    from dmakit.platform.host import Host, survey
+    from dmakit.platform.host_calls import HostCalls
+
+    return survey(Host(Path("/"), HostCalls()))
+
+
 def report() -> dict[str, object]:
-    """Everything that ``doctor`` shows."""
+    """What ``doctor`` shows of this installation."""
     headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
     return {
         "dmakit": dmakit.__version__,
@@ -66,9 +78,10 @@ def run(args: argparse.Namespace) -> int:
     if args.one_line:
         print(f"dmakit: {core['running']} core ({core['why']})")
     elif args.json:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(facts | {"host": [finding.as_json() for finding in host_findings()]}, indent=2))
     else:
         print_report(facts, core)
+        print_host(host_findings())
     return 2 if bad else 0
 
 
@@ -87,3 +100,12 @@ def print_report(facts: dict[str, object], core: dict[str, object]) -> None:
     print(f"platform        {facts['platform']}, {facts['cpus']} CPUs")
     for name in PACKAGES:
         print(f"{name:<15} {version_of(name)}")
+
+
+def print_host(findings: list[Finding]) -> None:
+    """The host's part: a line a finding, and below it what to do."""
+    print()
+    for finding in findings:
+        print(f"{finding.name:<22} {finding.state:<7} {finding.detail}")
+        if finding.remedy:
+            print(f"{'':<22} {'':<7} -> {finding.remedy}")

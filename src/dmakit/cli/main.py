@@ -23,7 +23,7 @@ VERBS = {
     "replay": "replay recorded kernel traces, golden vectors or step files on dmakit's stack",
     "record": "record what this kernel does for DMA mapping while a command runs",
     "bench": "measure this code against the limits of this machine",
-    "doctor": "show which core runs and why, the compiler and the versions",
+    "doctor": "show which core runs and why, and what this host can do: IOMMU, VFIO, tracing, …",
     "test": "run the test-suite of a checkout, interpreted and compiled",
 }
 
