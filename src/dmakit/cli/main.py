@@ -24,8 +24,8 @@ VERBS = {
     "record": "record what this kernel does for DMA mapping while a command runs",
     "bench": "measure this code against the limits of this machine",
     "doctor": "show which core runs and why, and what this host can do: IOMMU, VFIO, tracing, …",
-    "vm": "build, boot and use the test VM of a checkout",
     "test": "run the test-suite of a checkout, interpreted and compiled",
+    "vm": "build, boot and use the test VM of a checkout",
 }
 
 
