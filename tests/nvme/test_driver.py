@@ -9,7 +9,7 @@ import pytest
 
 from dmakit.block.request import Op, Request
 from dmakit.block.status import BlkStatus
-from dmakit.errors import DmakitError, ExhaustedError, HostError, MisuseError, UnsupportedError
+from dmakit.errors import DmakitError, ExhaustedError, MisuseError, UnsupportedError
 from dmakit.ledger import difference
 from dmakit.memory.buffers import Buffer
 from dmakit.nvme.driver import Done, NvmeDriver
@@ -202,7 +202,7 @@ def test_e5_commands_reach_the_controller_as_prp_or_sgl_without_a_scatterlist() 
     prp = rig.driver.submit(Request(Op.READ, pages[:4]))
     assert (sgl.psdt, prp.psdt) == (PSDT_SGL_METABUF, 0)
     assert difference(rig.device.ledger.snapshot(), before)["sg_calls"] == 0
-    rig.driver.transport.wait()
+    rig.driver.transport.wait(0)
     assert [done.status for done in rig.driver.poll()] == [0, 0]
 
 
@@ -269,7 +269,7 @@ class TestCommands:
         victim = rig.driver.submit(Request(Op.READ, rig.buffer(4096).ranges))
         assert rig.driver.abort(victim)
         while len(done := rig.driver.poll()) < 2:
-            rig.driver.transport.wait()
+            rig.driver.transport.wait(0)
         assert {d.iod is victim: d.status & 0x7FF for d in done} == {True: Status.ABORT_REQUESTED, False: 0}
         with pytest.raises(MisuseError, match=r"^abort: this request is not in flight$"):
             rig.driver.abort(keep)
@@ -293,7 +293,7 @@ class TestCommands:
         for cpu in range(4):
             rig.driver.submit(Request(Op.READ, buffer.ranges, cpu=cpu))
         assert [pair.in_flight for pair in rig.driver.pairs] == [1, 1, 1, 1]
-        rig.driver.transport.wait()
+        rig.driver.transport.wait(0)
         assert [len(rig.driver.poll(cpu)) for cpu in range(4)] == [1, 1, 1, 1]
 
 
@@ -302,7 +302,7 @@ class TestFaults:
         rig = Rig(machine={"mode": "strict"}).start()
         iod = rig.driver.submit(Request(Op.READ, rig.buffer(4096).ranges))
         rig.device.unmap_phys(iod.low, 4096, 2)
-        rig.driver.transport.wait()
+        rig.driver.transport.wait(0)
         flights = list(rig.driver.pairs[0].take())
         assert flights[0][0].status == int(Status.DATA_TRANSFER_ERROR)
         assert rig.device.ledger.snapshot()["faults"] == 1
@@ -324,9 +324,9 @@ class TestFaults:
         rig.driver.pairs[0].sq.free()
         rig.driver.pairs[0].sq.write = lambda offset, data: None  # type: ignore[method-assign]
         rig.driver.submit(Request(Op.FLUSH))
-        with pytest.raises(HostError, match=r"^the controller makes no progress: commands are in flight"):
-            rig.driver.execute([])
-        assert not rig.controller.ready
+        (done,) = rig.driver.execute([])
+        assert str(done.error) == "the controller stopped working; CC=0x00460001 CSTS=0x00000003 (ready, fatal status)"
+        assert rig.driver.recovery.resets == 4 and done.blk_status == BlkStatus.IOERR
 
     def test_not_started_and_missing_namespace(self) -> None:
         rig = Rig(nsid=2)

@@ -67,6 +67,9 @@ class AdminCommands:
         self.sqs: dict[int, SubmissionRing] = {}
         self.cqs: dict[int, CompletionRing] = {}
         self.features = dict(_DEFAULTS)
+        self.event_requests: list[int] = []
+        self.events: list[tuple[int, int, int]] = []
+        self.masked: set[int] = set()
         self.handlers = {
             int(Admin.DELETE_SQ): self._delete_sq,
             int(Admin.CREATE_SQ): self._create_sq,
@@ -94,6 +97,29 @@ class AdminCommands:
         self.sqs.clear()
         self.cqs.clear()
         self.features = dict(_DEFAULTS)
+        self.event_requests.clear()
+        self.masked.clear()
+
+    # Events -------------------------------------------------------------------------------------------------
+
+    def hold_event_request(self, cid: int) -> None:
+        """Keep an Asynchronous Event Request until there is something to report."""
+        if len(self.event_requests) > identify.EVENT_LIMIT:
+            raise CommandError(Status.ASYNC_EVENT_LIMIT_EXCEEDED)
+        self.event_requests.append(cid)
+
+    def raise_event(self, kind: int, information: int, log_page: int) -> None:
+        """Something happened: type (0 error, 1 health, 2 notice), information, the log page that tells more."""
+        self.events.append((kind, information, log_page))
+
+    def next_event(self) -> tuple[int, int, int] | None:
+        """(CID, status, dword 0) of the next event to report; a kind stays masked until its log page is read."""
+        for at, (kind, information, log_page) in enumerate(self.events):
+            if self.event_requests and log_page not in self.masked:
+                del self.events[at]
+                self.masked.add(log_page)
+                return self.event_requests.pop(0), 0, log_page << 16 | information << 8 | kind
+        return None
 
     # Queues -------------------------------------------------------------------------------------------------
 
@@ -178,6 +204,7 @@ class AdminCommands:
         page = pages.get(command.cdw10 & 0xFF)
         if page is None:
             raise CommandError(Status.INVALID_LOG_PAGE)
+        self.masked.discard(command.cdw10 & 0xFF)
         size = ((command.cdw10 >> 16 | (command.cdw11 & 0xFFFF) << 16) + 1) * 4
         offset = command.cdw12 | command.cdw13 << 32
         if offset & 3 or offset > len(page) or size > 1 << 20:

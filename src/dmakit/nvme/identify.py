@@ -11,6 +11,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dmakit.errors import UnsupportedError
 from dmakit.nvme.namespace import Namespace
 from dmakit.nvme.spec import IDENTIFY_BYTES, PAGE
 
@@ -20,20 +21,26 @@ if TYPE_CHECKING:
 VERSION = 0x0001_0400
 ONCS_DSM = 1 << 2
 ONCS_WRITE_ZEROES = 1 << 3
+ONCS_COMPARE = 1 << 0
 ABORT_LIMIT = 3  # 0-based
+EVENT_LIMIT = 3  # 0-based
 
 
 @dataclass(frozen=True, slots=True)
 class ControllerFacts:
-    """What a driver needs from Identify Controller; ``max_transfer`` in bytes, 0 = no limit."""
+    """What a driver needs from Identify Controller; ``max_transfer`` in bytes, 0 = no limit; ``vendor``: PCI id."""
 
+    vendor: int
     serial: str
     model: str
+    firmware: str
     max_transfer: int
     namespaces: int
     sgls: int
     write_zeroes: bool
     deallocate: bool
+    compare: bool
+    volatile_cache: bool
 
     @classmethod
     def parse(cls, raw: bytes) -> ControllerFacts:
@@ -41,14 +48,23 @@ class ControllerFacts:
         mdts = raw[77]
         (oncs,) = struct.unpack_from("<H", raw, 520)
         return cls(
-            raw[4:24].decode("ascii", "replace").strip(),
-            raw[24:64].decode("ascii", "replace").strip(),
+            int.from_bytes(raw[0:2], "little"),
+            _text(raw[4:24]),
+            _text(raw[24:64]),
+            _text(raw[64:72]),
             PAGE << mdts if mdts else 0,
             int.from_bytes(raw[516:520], "little"),
             int.from_bytes(raw[536:540], "little"),
             bool(oncs & ONCS_WRITE_ZEROES),
             bool(oncs & ONCS_DSM),
+            bool(oncs & ONCS_COMPARE),
+            bool(raw[525] & 1),
         )
+
+
+def _text(raw: bytes) -> str:
+    """A padded ASCII field; what is not printable comes out as a dot."""
+    return "".join(char if char.isprintable() else "." for char in raw.decode("ascii", "replace")).strip(" .")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +81,8 @@ class NamespaceFacts:
         """From the 4096 bytes."""
         (blocks,) = struct.unpack_from("<Q", raw, 0)
         metadata, shift = struct.unpack_from("<HB", raw, 128 + 4 * (raw[26] & 15))
+        if not 9 <= shift <= 16:
+            raise UnsupportedError(f"namespace {nsid}: blocks of 2**{shift} bytes, 2**9 to 2**16 are supported")
         return cls(nsid, blocks, 1 << shift, metadata)
 
 
@@ -76,9 +94,9 @@ def controller(serial: str, model: str, mdts: int, namespaces: int, sgls: int) -
     ))  # fmt: skip
     raw[77] = mdts
     struct.pack_into("<I", raw, 80, VERSION)
-    raw[258] = ABORT_LIMIT
+    raw[258], raw[259] = ABORT_LIMIT, EVENT_LIMIT
     raw[512], raw[513] = 0x66, 0x44
-    struct.pack_into("<IH", raw, 516, namespaces, ONCS_DSM | ONCS_WRITE_ZEROES)
+    struct.pack_into("<IH", raw, 516, namespaces, ONCS_COMPARE | ONCS_DSM | ONCS_WRITE_ZEROES)
     raw[525] = 1
     struct.pack_into("<I", raw, 536, sgls)
     return bytes(raw)

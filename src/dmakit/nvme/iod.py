@@ -27,9 +27,10 @@ IOD_SINGLE_META_SEGMENT = 2  # metadata: likewise, address in MPTR
 IOD_DATA_MAPPED = 4
 IOD_META_MAPPED = 8
 
-PATHS = ("no-data", "map_phys", "two-step", "bus", "per-segment", "failed")
-FAST_PATHS = frozenset({"no-data", "map_phys", "two-step", "bus"})
+PATHS = ("no-data", "map_phys", "two-step", "bus", "per-segment", "failed", "map_phys each", "map_sg", "registered")
+FAST_PATHS = frozenset({"no-data", "map_phys", "two-step", "bus", "map_phys each", "map_sg", "registered"})
 PATH_NO_DATA, PATH_MAP_PHYS, PATH_TWO_STEP, PATH_BUS, PATH_PER_SEGMENT, PATH_FAILED = range(6)
+PATH_EACH, PATH_SG, PATH_REGISTERED = 6, 7, 8  # of the other strategies
 
 WINDOW_BYTES = 16
 VECTOR_BYTES = 16

@@ -18,6 +18,7 @@ from types import TracebackType
 
 from dmakit.errors import FaultError, MisuseError
 from dmakit.nvme.admin import AdminCommands
+from dmakit.nvme.busmaster import BusMaster, MemoryBuffer
 from dmakit.nvme.command import Command
 from dmakit.nvme.datapath import CommandError, DataPath, Port
 from dmakit.nvme.identify import VERSION
@@ -36,6 +37,7 @@ from dmakit.nvme.spec import (
     SGLS_BYTE,
     SGLS_DWORD,
     SGLS_METADATA_SGL,
+    Admin,
     Reg,
     Status,
 )
@@ -47,6 +49,7 @@ SGL_MODES = {
 }
 _CAP_CONTIGUOUS = 1 << 16
 _CAP_NVM = 1 << 37
+_CAP_CMB = 1 << 57
 
 
 class ControllerModel:
@@ -54,6 +57,7 @@ class ControllerModel:
 
     ``port``: its way to memory; ``sgl``: ``none``, ``byte`` or ``dword`` (granularity); ``mdts``: largest transfer as a
     power of two of 4 KiB pages (0 = no limit); ``queues``: I/O queue pairs; ``entries``: largest queue.
+    ``buffer``: its controller memory buffer.
     ``on_interrupt(vector)`` is called when a completion is posted to a queue with interrupts.
     """
 
@@ -68,6 +72,7 @@ class ControllerModel:
         entries: int = 1024,
         serial: str = "dmakit0",
         model: str = "dmakit NVMe controller model",
+        buffer: MemoryBuffer | None = None,
     ) -> None:
         if sgl not in SGL_MODES:
             raise MisuseError(f"sgl={sgl!r}: must be one of {', '.join(SGL_MODES)}")
@@ -75,10 +80,10 @@ class ControllerModel:
             raise MisuseError(
                 f"mdts={mdts}, queues={queues}, entries={entries}: outside what a controller can announce"
             )
-        self.port = port
+        self.port = BusMaster(port, buffer)
         self.entries = entries
         spaces = {space.nsid: space for space in namespaces}
-        self.path = DataPath(port, SGL_MODES[sgl])
+        self.path = DataPath(self.port, SGL_MODES[sgl])
         self.io = NvmCommands(self.path, spaces, PAGE << mdts if mdts else 0)
         self.admin = AdminCommands(
             self.path, self.io, queues=queues, entries=entries, vectors=queues + 1, identity=(serial, model, mdts)
@@ -97,7 +102,7 @@ class ControllerModel:
 
     def read32(self, offset: int) -> int:
         """A 32-bit property."""
-        base = offset & ~7 if offset & ~7 in (Reg.CAP, Reg.ASQ, Reg.ACQ) else offset
+        base = offset & ~7 if offset & ~7 in (Reg.CAP, Reg.ASQ, Reg.ACQ, Reg.CMBMSC) else offset
         return self._value(base) >> (8 * (offset - base)) & 0xFFFF_FFFF
 
     def read64(self, offset: int) -> int:
@@ -107,11 +112,14 @@ class ControllerModel:
     def _value(self, offset: int) -> int:
         if offset == Reg.CAP:
             timeout = 1  # in 500 ms
-            return self.entries - 1 | _CAP_CONTIGUOUS | timeout << 24 | _CAP_NVM
+            buffer = _CAP_CMB if self.port.buffer is not None else 0
+            return self.entries - 1 | _CAP_CONTIGUOUS | timeout << 24 | _CAP_NVM | buffer
         if offset == Reg.VS:
             return VERSION
         if offset == Reg.INTMC:
             return self._registers[Reg.INTMS]
+        if Reg.CMBLOC <= offset <= Reg.CMBSTS and self.port.buffer is not None:
+            return self.port.buffer.register(offset)
         return self._registers.get(offset, 0)
 
     def write64(self, offset: int, value: int) -> None:
@@ -129,6 +137,9 @@ class ControllerModel:
             self._registers[offset] = value & 0x0FFF_0FFF
         elif offset & ~7 in (Reg.ASQ, Reg.ACQ):
             self._write_half(offset & ~7, offset & 4, value)
+        elif offset & ~7 == Reg.CMBMSC and self.port.buffer is not None:
+            keep = 0xFFFF_FFFF << (0 if offset & 4 else 32)
+            self.port.buffer.control = self.port.buffer.control & keep | value << (8 * (offset & 4))
         elif offset == Reg.INTMS:
             self._registers[Reg.INTMS] |= value
         elif offset == Reg.INTMC:
@@ -188,8 +199,8 @@ class ControllerModel:
     # Work ---------------------------------------------------------------------------------------------------
 
     def run(self, limit: int = 1 << 30) -> int:
-        """Execute up to ``limit`` waiting commands; returns how many."""
-        done = 0
+        """Execute up to ``limit`` waiting commands and report events; returns how many completions there were."""
+        done = self._report_events()
         while done < limit and self.ready:
             progress = 0
             for sq in sorted(self.admin.sqs.values(), key=lambda ring: ring.qid):
@@ -204,28 +215,47 @@ class ControllerModel:
         """Fetch, execute and complete one command; False when a ring cannot be reached."""
         try:
             command = sq.fetch(self.port)
-            status, result = self._execute(sq, command)
-            if self.admin.sqs.get(sq.qid) is sq:
-                sq.cq.post(self.port, result, sq.head, sq.qid, command.cid, status)
+            answer = self._execute(sq, command)
+            if answer is not None and self.admin.sqs.get(sq.qid) is sq:
+                self._complete(sq, command.cid, *answer)
         except FaultError:
             self._registers[Reg.CSTS] |= CSTS_CFS
             return False
         self.executed += 1
-        if sq.cq.interrupts and self.on_interrupt is not None:
-            self.on_interrupt(sq.cq.vector)
         return True
 
-    def _execute(self, sq: SubmissionRing, command: Command) -> tuple[int, int]:
-        """(status field, dword 0) of a command."""
+    def _complete(self, sq: SubmissionRing, cid: int, status: int, result: int) -> None:
+        """Post a completion, interrupt."""
+        sq.cq.post(self.port, result, sq.head, sq.qid, cid, status)
+        if sq.cq.interrupts and self.on_interrupt is not None:
+            self.on_interrupt(sq.cq.vector)
+
+    def _execute(self, sq: SubmissionRing, command: Command) -> tuple[int, int] | None:
+        """(status field, dword 0) of a command; None for one that is answered later."""
         if command.cid in sq.aborted:
             sq.aborted.discard(command.cid)
             return int(Status.ABORT_REQUESTED), 0
         try:
+            if sq.qid == 0 and command.opcode == Admin.ASYNC_EVENT:
+                self.admin.hold_event_request(command.cid)
+                return None
             result = self.admin.execute(command) if sq.qid == 0 else self.io.execute(command)
         except CommandError as error:
             retry = error.status in (Status.DATA_TRANSFER_ERROR, Status.INTERNAL_ERROR)
             return int(error.status) | (0 if retry else DNR), 0
         return int(Status.SUCCESS), result
+
+    def _report_events(self) -> int:
+        """Answer Asynchronous Event Requests with the events that wait."""
+        done = 0
+        while self.ready and not self.admin.sqs[0].cq.full and (found := self.admin.next_event()) is not None:
+            try:
+                self._complete(self.admin.sqs[0], *found)
+            except FaultError:
+                self._registers[Reg.CSTS] |= CSTS_CFS
+                break
+            done += 1
+        return done
 
     # End ----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The NVM command set of the controller model: Read, Write, Flush, Write Zeroes, Dataset Management.
+"""The NVM command set of the controller model: Read, Write, Compare, Flush, Write Zeroes, Dataset Management.
 
 Order of the checks: pointer form, namespace, transfer size, block range, data pointer, medium, transfer. Bad input
 ends with the specification's status and no change of the namespace.
@@ -39,6 +39,7 @@ class NvmCommands:
             int(Io.FLUSH): self._flush,
             int(Io.WRITE): self._write,
             int(Io.READ): self._read,
+            int(Io.COMPARE): self._compare,
             int(Io.WRITE_ZEROES): self._write_zeroes,
             int(Io.DSM): self._dataset_management,
         }
@@ -102,6 +103,20 @@ class NvmCommands:
             raise CommandError(Status.WRITE_FAULT) from None
         self.counters.writes += 1
         self.counters.bytes_written += len(payload)
+
+    def _compare(self, command: Command) -> None:
+        self.path.check_pointer(command, admin=False)
+        space = self._namespace(command)
+        lba, count = self._blocks(command, space, transfer=True)
+        payload = self.path.gather(self.path.ranges(command, count * space.block_size, to_host=False))
+        if space.damaged(lba, count):
+            raise CommandError(Status.UNRECOVERED_READ_ERROR)
+        try:
+            same = space.read(lba, count) == payload
+        except OSError:
+            raise CommandError(Status.UNRECOVERED_READ_ERROR) from None
+        if not same:
+            raise CommandError(Status.COMPARE_FAILURE)
 
     def _write_zeroes(self, command: Command) -> None:
         space = self._namespace(command)

@@ -1,85 +1,115 @@
-"""One queue pair as the driver holds it: both rings in shared memory, the phase, the identifiers in flight.
+"""One queue pair as the driver holds it: ``ring.Ring`` on shared memory, and what each command in flight belongs to.
 
-The driver writes submission entries at ``tail`` and rings the doorbell; it takes completions as long as the phase bit
-of the entry at ``head`` is the expected one. A ring of n entries holds at most n − 1 commands; identifiers are slots of
-``commands``, so the lowest free one is reused first and none is ever in flight twice.
+A ring of n entries holds at most n − 1 commands. Identifiers, doorbells and the checks of what the controller says are
+the ring's; this class adds the memory and the contexts.
 """
 
 from __future__ import annotations
 
-from dmakit.errors import DmakitError, ExhaustedError, MisuseError
+from array import array
+from typing import Protocol
+
+from dmakit.errors import DmakitError, MisuseError
 from dmakit.nvme.command import Command, Completion
+from dmakit.nvme.ring import LIES, MAX_ENTRIES, NEVER, Ring
 from dmakit.nvme.spec import CQE_BYTES, SQE_BYTES, Reg
 from dmakit.nvme.transport import Transport
 
 
-class QueuePair:
-    """Submission and completion queue ``qid``, both of ``entries`` entries."""
+class Owner(Protocol):
+    """Who uses a pair for itself, by tags (``nvme.batch``)."""
 
-    def __init__(self, transport: Transport, qid: int, entries: int, doorbell_stride: int) -> None:
+    def lose(self, tags: list[int]) -> None:
+        """A reset has ended these commands."""
+
+
+class QueuePair:
+    """Submission and completion queue ``qid``, both of ``entries`` entries; ``vector``: its interrupt, −1 = polled."""
+
+    def __init__(self, transport: Transport, qid: int, entries: int, doorbell_stride: int, vector: int = -1) -> None:
         self.transport = transport
         self.qid = qid
-        self.entries = entries
-        self.sq_doorbell = Reg.DOORBELLS + 2 * qid * doorbell_stride
-        self.cq_doorbell = Reg.DOORBELLS + (2 * qid + 1) * doorbell_stride
+        self.entries = entries = min(entries, MAX_ENTRIES)
+        self.vector = vector
         self.sq = transport.allocate(entries * SQE_BYTES)
         try:
             self.cq = transport.allocate(entries * CQE_BYTES)
         except DmakitError:
             self.sq.free()
             raise
-        self.tail = self.head = 0
-        self.phase = 1
-        self.commands: dict[int, object] = {}
-        self.free_cids = list(range(entries - 2, -1, -1))
+        self.core = Ring(
+            qid,
+            entries,
+            (self.sq.words, self.sq.pages),
+            (self.cq.words, self.cq.pages),
+            sq_doorbell=Reg.DOORBELLS + 2 * qid * doorbell_stride,
+            cq_doorbell=Reg.DOORBELLS + (2 * qid + 1) * doorbell_stride,
+            bar=transport.bar,
+            write32=transport.write32,
+        )
+        self.contexts: list[object] = [None] * entries
+        self.owner: Owner | None = None
+        self.retired = False
+        self._found = [memoryview(array("Q", bytes(8 * entries))) for _ in range(4)]
 
     @property
     def in_flight(self) -> int:
         """Commands that were submitted and not completed."""
-        return len(self.commands)
+        return self.core.in_flight
 
-    def push(self, command: Command, context: object) -> int:
-        """Write a command, without ringing; returns its identifier. ExhaustedError (EAGAIN) when the ring is full."""
-        if not self.free_cids:
-            raise ExhaustedError(f"queue {self.qid}: all {self.entries - 1} commands are in flight", 11)
-        command.cid = self.free_cids.pop()
-        self.commands[command.cid] = context
-        self.sq.write(self.tail * SQE_BYTES, command.pack())
-        self.tail = (self.tail + 1) % self.entries
-        return command.cid
+    @property
+    def room(self) -> int:
+        """How many commands can be pushed now."""
+        return self.core.free_count
+
+    def push(self, command: Command, context: object, deadline: int = NEVER) -> int:
+        """Write a command, without ringing; its slot. ExhaustedError (EAGAIN) when the ring is full."""
+        slot = self.core.push(command.pack(), 0, deadline)
+        command.cid = self.core.identifier(slot)
+        self.contexts[slot] = context
+        return slot
 
     def ring(self) -> None:
         """Tell the controller the new tail."""
-        self.transport.write32(self.sq_doorbell, self.tail)
+        self.core.ring()
 
     def take(self) -> list[tuple[Completion, object]]:
-        """The completions that are there, with the contexts of their commands; rings the head doorbell once."""
+        """The completions that are there, with the contexts of their commands; stops at a lie (see ``lie``)."""
+        slots, tags, statuses, results = self._found
+        count = self.core.reap(slots, tags, statuses, results)
         found: list[tuple[Completion, object]] = []
-        while True:
-            entry = Completion.unpack(self.cq.read(self.head * CQE_BYTES, CQE_BYTES))
-            if entry.phase != self.phase:
-                break
-            if entry.cid not in self.commands:
-                raise MisuseError(f"queue {self.qid}: completion of command {entry.cid}, which is not in flight")
-            found.append((entry, self.commands.pop(entry.cid)))
-            self.free_cids.append(entry.cid)
-            self.head += 1
-            if self.head == self.entries:
-                self.head = 0
-                self.phase ^= 1
-        if found:
-            self.transport.write32(self.cq_doorbell, self.head)
+        for at in range(count):
+            slot = slots[at]
+            entry = Completion(results[at] & 0xFFFF_FFFF, self.core.sq_head, self.qid, slot, statuses[at], 1)
+            found.append((entry, self.contexts[slot]))
+            self.contexts[slot] = None
         return found
 
+    @property
+    def lie(self) -> str:
+        """What the controller said that cannot be, in words; empty when it did not."""
+        if not self.core.lie:
+            return ""
+        high = self.core.lie_high
+        return (
+            f"queue {self.qid}: a completion {LIES[self.core.lie]} "
+            f"(queue {high >> 16 & 0xFFFF}, head {high & 0xFFFF}, command {high >> 32 & 0xFFFF:#x}, "
+            f"status {high >> 49:#x})"
+        )
+
     def cancel(self) -> list[object]:
-        """Contexts of everything in flight (the controller was reset); the pair starts over."""
-        contexts = list(self.commands.values())
-        self.commands.clear()
-        self.free_cids = list(range(self.entries - 2, -1, -1))
-        self.tail = self.head = 0
-        self.phase = 1
-        self.cq.write(0, bytes(self.entries * CQE_BYTES))
+        """Contexts of everything in flight (the controller was stopped); the pair starts over."""
+        contexts = [self.contexts[slot] for slot in self.core.live()]
+        self.contexts = [None] * self.entries
+        self.core.restart()
         return contexts
+
+    def slot_of(self, context: object) -> int:
+        """The slot of a context in flight; MisuseError when it is not."""
+        for slot in self.core.live():
+            if self.contexts[slot] is context:
+                return slot
+        raise MisuseError(f"queue {self.qid}: this command is not in flight")
 
     def free(self) -> None:
         """Give both rings back."""

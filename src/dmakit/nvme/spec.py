@@ -28,6 +28,7 @@ class Admin(IntEnum):
     ABORT = 0x08
     SET_FEATURES = 0x09
     GET_FEATURES = 0x0A
+    ASYNC_EVENT = 0x0C
 
 
 class Io(IntEnum):
@@ -36,6 +37,7 @@ class Io(IntEnum):
     FLUSH = 0x00
     WRITE = 0x01
     READ = 0x02
+    COMPARE = 0x05
     WRITE_ZEROES = 0x08
     DSM = 0x09
 
@@ -66,6 +68,7 @@ class Status(IntEnum):
     INVALID_QUEUE_ID = 0x101
     INVALID_QUEUE_SIZE = 0x102
     ABORT_LIMIT_EXCEEDED = 0x103
+    ASYNC_EVENT_LIMIT_EXCEEDED = 0x105
     INVALID_INTERRUPT_VECTOR = 0x108
     INVALID_LOG_PAGE = 0x109
     INVALID_QUEUE_DELETION = 0x10C
@@ -73,6 +76,9 @@ class Status(IntEnum):
     FEATURE_NOT_CHANGEABLE = 0x10E
     WRITE_FAULT = 0x280
     UNRECOVERED_READ_ERROR = 0x281
+    COMPARE_FAILURE = 0x285
+    HOST_PATHING_ERROR = 0x370
+    HOST_ABORTED = 0x371
 
 
 DNR = 1 << 14  # in the 15-bit status field of a completion: do not retry
@@ -90,6 +96,10 @@ class Reg(IntEnum):
     AQA = 0x24
     ASQ = 0x28
     ACQ = 0x30
+    CMBLOC = 0x38
+    CMBSZ = 0x3C
+    CMBMSC = 0x50
+    CMBSTS = 0x58
     DOORBELLS = 0x1000
 
 
@@ -102,6 +112,10 @@ CSTS_RDY = 1
 CSTS_CFS = 2
 CSTS_SHST_MASK = 3 << 2
 CSTS_SHST_COMPLETE = 2 << 2
+
+CMBMSC_CRE = 1  # the size and location registers may be read
+CMBMSC_CMSE = 2  # the controller serves its memory at CBA
+CMBSZ_SQS, CMBSZ_CQS, CMBSZ_LISTS, CMBSZ_RDS, CMBSZ_WDS = 1, 2, 4, 8, 16
 
 CNS_NAMESPACE = 0x00
 CNS_CONTROLLER = 0x01

@@ -1,13 +1,17 @@
-"""What the driver needs of a controller: registers, shared memory, a mapping device, and a way to wait.
+"""What the driver needs of a controller: registers, shared memory, a mapping device, time, and a way to wait.
 
-Two kinds of controller fit behind it: the model (``ModelTransport``), whose registers are method calls and which
-works when it is waited for; and real hardware, whose BAR 0 is mapped by VFIO and which works by itself.
+Two kinds of controller fit behind it: the model (``ModelTransport``), whose registers are method calls, which works
+when it is waited for and whose time is the machine's; and real hardware (``nvme.vfio``), whose BAR 0 is mapped and
+which works by itself.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dmakit.consts import PAGE_SIZE
 from dmakit.nvme.coherent import DeviceSource
 
 if TYPE_CHECKING:
@@ -22,6 +26,14 @@ class SharedMemory(Protocol):
     def addr(self) -> int:
         """DMA address of the first byte."""
 
+    @property
+    def words(self) -> memoryview[int]:
+        """64-bit words that contain it."""
+
+    @property
+    def pages(self) -> memoryview[int]:
+        """Index in ``words`` of the first word of each of its 4 KiB pages."""
+
     def read(self, offset: int, n: int) -> bytes:
         """``n`` bytes from ``offset``."""
 
@@ -33,9 +45,16 @@ class SharedMemory(Protocol):
 
 
 class Transport(Protocol):
-    """A way to one controller; ``device`` maps memory for it (``dma.Device``)."""
+    """A way to one controller; ``device`` maps memory for it (``dma.Device``), ``name`` is for messages.
+
+    ``bar``: BAR 0 as 32-bit words when doorbells are plain stores, else None. ``vectors``: interrupts that ``wait``
+    and ``descriptors`` know, 0 when the driver has to poll.
+    """
 
     device: Any
+    name: str
+    bar: memoryview[int] | None
+    vectors: int
 
     def read32(self, offset: int) -> int:
         """A 32-bit property."""
@@ -55,16 +74,51 @@ class Transport(Protocol):
     def pages(self) -> CoherentSource:
         """Pages for descriptor lists."""
 
-    def wait(self) -> bool:
-        """Let the controller make progress; False when there is no point in waiting further."""
+    def now(self) -> int:
+        """ns on a clock that only runs forward."""
+
+    def wait(self, timeout_ns: int) -> bool:
+        """Let the controller work until it gives a sign, at most ``timeout_ns``; False when it gave none."""
+
+    def descriptors(self) -> Sequence[int]:
+        """File descriptors that become readable with each interrupt."""
+
+    def start(self) -> None:
+        """Give the controller access to memory (bus mastering on)."""
+
+    def stop(self) -> None:
+        """Take the controller's access to memory away (bus mastering off): what is in flight cannot land any more."""
+
+    def close(self) -> None:
+        """Let go of the device."""
+
+
+class DeviceMemory:
+    """Coherent memory of a ``dma.Device`` as ``SharedMemory``."""
+
+    def __init__(self, device: Any, size: int) -> None:
+        self.memory = device.alloc_coherent(size)
+        self.addr: int = self.memory.addr
+        self.read, self.write = self.memory.read, self.memory.write
+        self.words: memoryview[int] = memoryview(device.memory.words)
+        starts = [phys >> 3 for at in range(0, size, PAGE_SIZE) for phys, _ in self.memory.buffer.slices(at, 1)]
+        self.pages = memoryview(array("Q", starts))
+        self.write(0, bytes(size))
+
+    def free(self) -> None:
+        """Unmap and give the pages back."""
+        self.memory.free()
 
 
 class ModelTransport:
-    """A controller model on a device of the software machine."""
+    """A controller model on a device of the software machine; time is the machine's."""
 
     def __init__(self, controller: ControllerModel, device: Any) -> None:
         self.controller = controller
         self.device = device
+        self.name = f"soft:{device.name}"
+        self.bar: memoryview[int] | None = None
+        self.vectors = 0
         self.read32 = controller.read32
         self.read64 = controller.read64
         self.write32 = controller.write32
@@ -72,14 +126,34 @@ class ModelTransport:
 
     def allocate(self, size: int) -> SharedMemory:
         """Coherent memory of the device, cleared."""
-        memory: SharedMemory = self.device.alloc_coherent(size)
-        memory.write(0, bytes(size))
-        return memory
+        return DeviceMemory(self.device, size)
 
     def pages(self) -> CoherentSource:
         """Pages of coherent memory of the device."""
         return DeviceSource(self.device)
 
-    def wait(self) -> bool:
-        """Let the model execute what waits; False when nothing did."""
-        return self.controller.run() > 0
+    def now(self) -> int:
+        """The machine's virtual time."""
+        return int(self.device.clock.now)
+
+    def wait(self, timeout_ns: int) -> bool:
+        """Let the model execute what waits; when nothing does, time passes."""
+        if self.controller.run() > 0:
+            return True
+        self.device.clock.advance(timeout_ns)
+        return False
+
+    def descriptors(self) -> Sequence[int]:
+        """None: the model works when it is waited for."""
+        return ()
+
+    def start(self) -> None:
+        """Bus mastering on."""
+        self.controller.port.enabled = True
+
+    def stop(self) -> None:
+        """Bus mastering off: every later access of the model is blocked."""
+        self.controller.port.enabled = False
+
+    def close(self) -> None:
+        """Nothing of the host's is held."""
