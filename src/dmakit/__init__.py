@@ -28,10 +28,14 @@ _PUBLIC = {
     "UnsupportedError": "dmakit.errors",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+_ROOMS = {"vfio": "dmakit.platform.linux"}
+
+__all__ = ["__version__", *sorted(_PUBLIC), *_ROOMS]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(_ROOMS[name])
     if name not in _PUBLIC:
         raise AttributeError(f"module 'dmakit' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

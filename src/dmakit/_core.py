@@ -84,6 +84,8 @@ COMPILED_MODULES = (
     "dmakit.nvme.ring",
     "dmakit.nvme.sgl",
     "dmakit.p2p.state",
+    "dmakit.platform.linux.domain",
+    "dmakit.platform.linux.shadow",
     "dmakit.swiotlb.bounce",
     "dmakit.swiotlb.pool",
     "dmakit.trace.operations",

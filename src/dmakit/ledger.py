@@ -133,6 +133,10 @@ class Ledger:
         """All rows by public name."""
         return {row.name: self.counts[row.index] for row in ROWS}
 
+    def observed(self, names: frozenset[str]) -> dict[str, int | None]:
+        """All rows by public name, None for those that are not in ``names``: they were not counted."""
+        return {row.name: self.counts[row.index] if row.name in names else None for row in ROWS}
+
     def lock_counts(self) -> list[dict[str, int]]:
         """Lock acquisitions, one dict a CPU."""
         names = ("rbtree", "depot", "fq", "qi")

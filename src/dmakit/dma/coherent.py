@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmakit import consts
 from dmakit.consts import PAGE_SHIFT, PAGE_SIZE
+from dmakit.dma.report import told
 from dmakit.errors import ExhaustedError, MisuseError, UnsupportedError
 from dmakit.memory.buffers import Buffer
 from dmakit.memory.pages import PageAllocator
@@ -162,5 +163,7 @@ def allocate(device: Any, size: int, mask: int, direction: int, attrs: int, cpu:
         addr = device._map_ranges(ranges, padded, max(direction, 0), attrs, mask, cpu)
         if addr == 0:
             free_blocks(blocks)
-            raise ExhaustedError(f"no IOVA range or table page for {size:#x} bytes of shared memory")
+            raise told(device, -device.error) or ExhaustedError(
+                f"no IOVA range or table page for {size:#x} bytes of shared memory"
+            )
     return CoherentMemory(device, addr, size, blocks, direction, cpu)

@@ -49,6 +49,7 @@ cdef class MapCore:
     cdef public unsigned long long coherent_mask
     cdef readonly unsigned long long bus_dma_limit
     cdef readonly unsigned long long granule_mask
+    cdef readonly unsigned long long cut_from
     cdef public unsigned long long min_align_mask
     cdef public unsigned long long max_segment
     cdef public unsigned long long boundary

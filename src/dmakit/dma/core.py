@@ -128,6 +128,8 @@ class MapCore:
         self.bus_dma_limit = options["bus_dma_limit"]
         self.granule_mask = self.iovad.granule - 1 if self.translating else 4095
         self.granule_shift = int(self.granule_mask).bit_length()
+        whole = self.translating and self.domain.capabilities.unmap_unit == "mapping"
+        self.cut_from = 0 if whole else LARGE_LEAF  # windows of so many bytes may hold what cannot be removed in part
         self.min_align_mask = options["min_align_mask"]
         self.max_segment = options["max_segment"]
         self.boundary = options["boundary"]
@@ -355,6 +357,6 @@ class MapCore:
         return 0
 
     def _cuts_leaf(self, start: cython.ulonglong, end: cython.ulonglong) -> cython.bint:
-        """Whether a large leaf straddles ``start`` or ``end`` (granule-aligned): then it cannot be removed in part."""
+        """Whether what goes only as a whole (a large leaf, a host mapping) lies across ``start`` or ``end``."""
         cut: cython.bint = self.domain._leaf_across(start) or self.domain._leaf_across(end)
         return cut

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import cython
 
-from dmakit.consts import DMA_NONE, PAGE_SIZE
+from dmakit.consts import DMA_NONE, ENOMEM, PAGE_SIZE
 from dmakit.dma import coherent as _coherent
 from dmakit.dma import phys_vec as _phys_vec
 from dmakit.dma.defects import defect_bits
 from dmakit.dma.direction import Attrs, checked_attrs, checked_cpu, checked_direction, checked_range, integer
 from dmakit.dma.report import map_error, sg_error
 from dmakit.errors import MisuseError
+from dmakit.reasons import Reason
 from dmakit.swiotlb.bounce import max_mapping_size
 
 if cython.compiled:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 U64 = (1 << 64) - 1
+_IOVA_EXHAUSTED = int(Reason.IOVA_EXHAUSTED)
 _RCACHE_RANGE = PAGE_SIZE << 5  # iova_rcache_range(): the largest size that magazines hold
 _DEFAULTS: dict[str, Any] = {
     "domain": None,
@@ -368,7 +370,7 @@ class Device(Windows):
         """Whole pages into one IOVA range at or below ``mask``; 0, with nothing mapped, when that fails."""
         iova = self._alloc_iova(size, mask, cpu)
         if iova == 0:
-            return 0
+            return int(self._fail(-ENOMEM, _IOVA_EXHAUSTED))
         done = 0
         error = 0
         for phys, length in ranges:
@@ -385,7 +387,7 @@ class Device(Windows):
             self.domain._unmap(iova, done, self.gather)
             self.domain._flush(self.gather, cpu)
         self._free_iova(iova, size, False, cpu)
-        return 0
+        return int(self._fail(error, 0))
 
     def _unmap_ranges(self, addr: int, size: int, cpu: int) -> None:
         self._iommu_unmap(addr, size, cpu)

@@ -31,7 +31,7 @@ import cython
 
 from dmakit.dma.direction import checked_attrs, checked_cpu, checked_direction, integer
 from dmakit.dma.pieces import Piece, one_run, without
-from dmakit.dma.report import link_error
+from dmakit.dma.report import cut_error, link_error
 from dmakit.errors import MisuseError
 
 if cython.compiled:
@@ -210,7 +210,8 @@ class IovaState(IovaWindow):
     ) -> None:
         """Unlink [offset, offset+size), flushed when this returns; the window stays (``dma_iova_unlink``).
 
-        MisuseError (EINVAL), with nothing changed, when the range cuts a large leaf: unlink what was linked as one.
+        MisuseError (EINVAL), with nothing changed, when the range cuts a large leaf: unlink what was linked as one;
+        UnsupportedError where the domain unmaps only what was mapped as one (``capabilities.unmap_unit``).
         """
         start, length = self._check_range("unlink", offset, size)
         way, how, on = checked_direction(direction), checked_attrs(attrs), self._on_cpu(cpu)
@@ -260,11 +261,7 @@ class IovaState(IovaWindow):
 
     def _raise_cut(self, call: str, error: int, offset: int, size: int) -> None:
         if error != 0:
-            raise MisuseError(
-                f"{call}: [{offset:#x}, {offset + size:#x}) cuts a large leaf: unlink what was linked as one piece",
-                -error,
-                rule="unlink-cuts-leaf",
-            )
+            raise cut_error(self.core, f"{call}: [{offset:#x}, {offset + size:#x})", -error)
 
     def _forget(self, offset: int, size: int) -> None:
         if self.live:

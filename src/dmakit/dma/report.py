@@ -17,6 +17,9 @@ from dmakit.reasons import Reason
 def link_error(core: Any, error: int, phys: int, offset: int, size: int, direction: int, attrs: int) -> DmakitError:
     """The exception for a failed ``link`` or ``sync``."""
     errno = -error
+    failure = told(core, errno, linking=True)
+    if failure is not None:
+        return failure
     what = f"link of {size:#x} bytes at phys {phys:#x}, offset {offset:#x}"
     granule = core.granule_mask + 1
     if errno == consts.EIO:
@@ -44,6 +47,23 @@ def link_error(core: Any, error: int, phys: int, offset: int, size: int, directi
     return MisuseError(f"{what}: the IOMMU cannot map this range (−{errno})", errno)
 
 
+def cut_error(core: Any, what: str, errno: int) -> DmakitError:
+    """The exception for an unlink (``what``: call and range) that would cut what goes only as a whole."""
+    if core.domain.capabilities.unmap_unit == "mapping":
+        text = "cuts a piece, and this domain unmaps only what was mapped as one: unlink whole pieces"
+        return UnsupportedError(f"{what} {text}", errno)
+    text = "cuts a large leaf: unlink what was linked as one piece"
+    return MisuseError(f"{what} {text}", errno, rule="unlink-cuts-leaf")
+
+
+def told(core: Any, errno: int, *, linking: bool = False) -> DmakitError | None:
+    """What the host said when the last mapping failed with ``errno``, where a domain has somebody to ask."""
+    failure = None if core.domain is None else core.domain.failure
+    if core.why == Reason.SLOTS_EXHAUSTED or (core.why == Reason.IOVA_EXHAUSTED and not linking):
+        return None  # it did not come so far
+    return failure if isinstance(failure, DmakitError) and failure.errno == errno else None
+
+
 def _cause(core: Any, attrs: int) -> tuple[type[DmakitError], str, int]:
     """Whose fault the last failed mapping was, in words, and the errno to report."""
     errno = -core.error
@@ -69,6 +89,9 @@ def _cause(core: Any, attrs: int) -> tuple[type[DmakitError], str, int]:
 
 def map_error(core: Any, phys: int, size: int, attrs: int) -> DmakitError:
     """The exception for a failed ``map_phys`` (the kernel's DMA_MAPPING_ERROR, which reads as −ENOMEM)."""
+    failure = told(core, -core.error)
+    if failure is not None:
+        return failure
     kind, text, errno = _cause(core, attrs)
     return kind(f"map of {size:#x} bytes at phys {phys:#x}: {text}", errno)
 
@@ -90,5 +113,8 @@ def sg_error(core: Any, count: int, sg: Any) -> DmakitError:
         return UnsupportedError(f"{what}: a peer's memory that this device cannot reach", errno)
     if sg.entries == 0 or sg.direction == Direction.NONE:
         return MisuseError(f"{what}, {Direction(sg.direction)!r}: needs at least one entry and a direction", errno)
+    failure = told(core, -core.error)
+    if failure is not None:
+        return failure
     kind, text, _ = _cause(core, sg.attrs)
     return kind(f"{what}: {text}", errno)

@@ -41,7 +41,6 @@ if cython.compiled:
         PAGE_SIZE,
     )
     from cython.cimports.dmakit.dma.core import (
-        LARGE_LEAF,
         WARN_ALLOC_SIZE,
         WARN_LINK_BOUNCED,
         WARN_LINK_START,
@@ -69,7 +68,6 @@ else:
         PAGE_SIZE,
     )
     from dmakit.dma.core import (
-        LARGE_LEAF,
         WARN_ALLOC_SIZE,
         WARN_LINK_BOUNCED,
         WARN_LINK_START,
@@ -268,7 +266,7 @@ class IovaWindow:
         if self.size_word & USE_SWIOTLB and not slots_first:
             queued = False  # a slot may be released only when the device cannot reach it any more
         if (
-            self.size_word & SIZE_BITS >= LARGE_LEAF
+            self.size_word & SIZE_BITS >= self.core.cut_from
             and not self.core.defects & _UNLINK_CUTS_LEAF
             and self.core._cuts_leaf(addr - pad, addr - pad + length)
         ):

@@ -66,7 +66,8 @@ class Domain(FlushTarget):
 
     ``granule``: the smallest mapping; ``page_sizes``: a bitmap of the leaf sizes; ``aperture_end``: the highest IOVA
     (inclusive); ``reserved``: (start, size) ranges that the DMA layer never maps; ``table``: the page table, None when
-    it is not ours; ``events``: None, or a list that gets a tuple for each map, unmap, sync and flush.
+    it is not ours; ``events``: None, or a list that gets a tuple for each map, unmap, sync and flush; ``failure``: the
+    exception behind the −errno of the last ``_map``, where somebody else refused it.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Domain(FlushTarget):
         self.table: PageTable | None = None
         self.dirty_tracking = False
         self.events: list[tuple[object, ...]] | None = None
+        self.failure: DmakitError | None = None
         self.scratch = Gather()
         self.pending = Gather()
 

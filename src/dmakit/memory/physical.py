@@ -60,13 +60,17 @@ def _lazy_mapping(size: int) -> mmap.mmap:
 
 @cython.cclass
 class PhysicalMemory:
-    """Physical memory of ``span`` bytes (a multiple of the page size), all zero, initially without regions."""
+    """Physical memory of ``span`` bytes (a multiple of the page size), all zero, initially without regions.
 
-    def __init__(self, span: int) -> None:
+    ``backing``: a writable buffer of that size instead of memory of its own (a platform's source space)."""
+
+    def __init__(self, span: int, backing: memoryview | None = None) -> None:
         if span <= 0 or span % PAGE_SIZE or span > 1 << 46:
             raise MisuseError(f"span={span}: must be a positive multiple of {PAGE_SIZE} up to 64 TiB")
         self.span = span
-        mapping = memoryview(_lazy_mapping(span)).cast("B")
+        if backing is not None and (backing.nbytes != span or backing.readonly):
+            raise MisuseError(f"backing: must be a writable buffer of {span} bytes")
+        mapping = memoryview(_lazy_mapping(span) if backing is None else backing).cast("B")
         links = memoryview(_lazy_mapping(max(PAGE_SIZE, (span >> PAGE_SHIFT) * 8)))
         self.view = mapping
         self.data = mapping
@@ -86,6 +90,10 @@ class PhysicalMemory:
                 raise MisuseError(f"region [{start:#x}, {region.end:#x}) overlaps {other.kind} at {other.start:#x}")
         bisect.insort(self.regions, region)
         return region
+
+    def remove_region(self, region: Region) -> None:
+        """Undo ``add_region``: the addresses are a hole again."""
+        self.regions.remove(region)
 
     def region_at(self, phys: int, size: int = 1) -> Region:
         """The region that holds all of [phys, phys+size); MisuseError (EFAULT) when none does."""

@@ -1,0 +1,35 @@
+"""Real PCI devices through Linux VFIO (``from dmakit import vfio``).
+
+``vfio.Device.open("0000:01:00.0")`` takes one device; ``vfio.Machine()`` holds several and the memory that they share;
+``vfio.scan()`` lists what this host has, ``vfio.bind`` and ``vfio.unbind`` take a device from its driver and give it
+back. The guide is ``docs/vfio.md``.
+"""
+
+from __future__ import annotations
+
+from dmakit.platform.linux import binding, pci
+from dmakit.platform.linux.device import Device
+from dmakit.platform.linux.interrupts import Interrupt, Interrupts
+from dmakit.platform.linux.kernel import Kernel
+from dmakit.platform.linux.machine import Machine
+from dmakit.platform.linux.pci import PciDevice
+from dmakit.platform.linux.region import ConfigSpace, Region
+
+__all__ = [
+    "ConfigSpace", "Device", "Interrupt", "Interrupts", "Machine", "PciDevice", "Region", "bind", "scan", "unbind",
+]  # fmt: skip
+
+
+def scan() -> list[PciDevice]:
+    """Every PCI device of this host."""
+    return pci.scan(Kernel())
+
+
+def bind(bdf: str) -> PciDevice:
+    """Take a device from its driver for VFIO; refused while it is in use."""
+    return binding.bind(Kernel(), bdf)
+
+
+def unbind(bdf: str) -> PciDevice:
+    """Give a device back to the driver that ``bind`` took it from."""
+    return binding.unbind(Kernel(), bdf)

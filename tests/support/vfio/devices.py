@@ -1,0 +1,254 @@
+"""Devices of the fake host: a general one, QEMU's ``edu``, and the NVMe controller model behind VFIO.
+
+A device reaches memory through the address space that it is attached to and only while it masters the bus; what is
+blocked raises FaultError in the model and is noted in ``faults``, as hardware would log it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterable
+
+from dmakit.errors import FaultError
+from dmakit.nvme.controller import Controller
+from dmakit.nvme.namespace import Namespace
+from tests.support.vfio.pages import PAGE, Space
+
+COMMAND = 4
+
+
+class FakeRegion:
+    """A region: registers (``read``/``write`` by offset and width) or, with ``mapped``, plain memory to map."""
+
+    def __init__(
+        self,
+        size: int,
+        read: Callable[[int, int], int] | None = None,
+        write: Callable[[int, int, int], None] | None = None,
+        *,
+        mapped: bool = False,
+        areas: Iterable[tuple[int, int]] = (),
+    ) -> None:
+        self.size, self.areas = size, list(areas)
+        self.fd = -1
+        self.va = 0
+        self.bytes: bytearray | mmap.mmap = bytearray(size)
+        if mapped:
+            self.fd = os.memfd_create("bar")
+            os.ftruncate(self.fd, max(size, PAGE))
+            self.bytes = mmap.mmap(self.fd, max(size, PAGE))
+            self.va = ctypes.addressof(ctypes.c_char.from_buffer(self.bytes))
+        self.read = read or (lambda offset, width: int.from_bytes(self.bytes[offset : offset + width], "little"))
+        self.write = write or self._store
+
+    def _store(self, offset: int, value: int, width: int) -> None:
+        self.bytes[offset : offset + width] = value.to_bytes(width, "little")
+
+
+class FakeDevice:
+    """A PCI function. ``regions``: by VFIO index; ``vectors``: interrupt index to count."""
+
+    def __init__(
+        self, bdf: str, group: int, *, ids: tuple[int, int] = (0x1234, 0x5678), class_code: int = 0xFF0000,
+        driver: str = "vfio-pci", vectors: dict[int, int] | None = None, resets: bool = True,
+    ) -> None:  # fmt: skip
+        self.bdf, self.group, self.ids, self.class_code, self.driver = bdf, group, ids, class_code, driver
+        self.resets = resets
+        self.vectors = {0: 1, 1: 4} if vectors is None else vectors
+        self.regions: dict[int, FakeRegion] = {7: FakeRegion(4096)}
+        self.eventfds: dict[int, dict[int, int]] = {}
+        self.level = self.masked = self.opened = False
+        self.space: Space | None = None
+        self.faults: list[str] = []
+        self.resets_seen = 0
+        self._configure()
+
+    def _configure(self) -> None:
+        config = self.regions[7].bytes
+        config[0:8] = struct.pack("=HHHH", *self.ids, 0, 0x10)
+        config[0x34] = 0x40
+        config[0x40:0x44] = bytes((1, 0x50, 0, 0))
+        config[0x50:0x54] = bytes((5, 0, 0, 0))
+        config[0x100:0x104] = struct.pack("=I", 0x1 | 1 << 16 | 0x140 << 20)
+        config[0x140:0x144] = struct.pack("=I", 0xD | 1 << 16)
+
+    # what the host does
+
+    def enable(self) -> None:
+        self.regions[7].bytes[COMMAND] &= ~4 & 0xFF
+
+    def disable(self) -> None:
+        for index in list(self.eventfds):
+            self.deafen(index)
+        self.enable()
+        self.reset()
+
+    def deafen(self, index: int) -> None:
+        """Nobody listens to interrupts of this kind any more."""
+        for fd in self.eventfds.pop(index, {}).values():
+            os.close(fd)
+
+    def reset(self) -> None:
+        self.resets_seen += 1
+        self.level = False
+        self.enable()
+
+    # what the device does
+
+    @property
+    def master(self) -> bool:
+        return bool(self.regions[7].bytes[COMMAND] & 4)
+
+    def _reach(self) -> Space:
+        if not self.master or self.space is None:
+            raise FaultError(f"{self.bdf}: no bus master, or not attached")
+        return self.space
+
+    def dma_read(self, iova: int, size: int) -> bytes:
+        try:
+            return self._reach().read(iova, size)
+        except FaultError as error:
+            self.faults.append(str(error))
+            raise
+
+    def dma_write(self, iova: int, data: bytes) -> None:
+        try:
+            self._reach().write(iova, data)
+        except FaultError as error:
+            self.faults.append(str(error))
+            raise
+
+    def trigger(self, vector: int = 0) -> bool:
+        """An MSI or MSI-X message; False when nobody listens."""
+        for index in (2, 1):
+            fd = self.eventfds.get(index, {}).get(vector, -1)
+            if fd >= 0:
+                os.eventfd_write(fd, 1)
+                return True
+        return False
+
+    def set_level(self, on: bool) -> None:
+        """The INTx line."""
+        self.level = on
+        self.relevel()
+
+    def relevel(self) -> None:
+        fd = self.eventfds.get(0, {}).get(0, -1)
+        if self.level and not self.masked and fd >= 0:
+            self.masked = True
+            os.eventfd_write(fd, 1)
+
+    # accesses of the host by pread and pwrite
+
+    def read(self, index: int, offset: int, width: int) -> int:
+        return self.regions[index].read(offset, width)
+
+    def write(self, index: int, offset: int, value: int, width: int) -> None:
+        self.regions[index].write(offset, value, width)
+
+
+class FakeEdu(FakeDevice):
+    """QEMU's educational device (docs/specs/edu.rst): factorials, one interrupt, DMA to and from 4 KiB of its own."""
+
+    def __init__(self, bdf: str = "0000:00:05.0", group: int = 5, **options: object) -> None:
+        super().__init__(bdf, group, ids=(0x1234, 0x11E8), class_code=0x00FF00, **options)  # type: ignore[arg-type]
+        self.regions[0] = FakeRegion(1 << 20, self._read, self._write)
+        self.clear()
+
+    def clear(self) -> None:
+        self.alive = self.value = self.status = self.pending = 0
+        self.dma = {0x80: 0, 0x88: 0, 0x90: 0, 0x98: 0}
+        self.store = bytearray(PAGE)
+
+    def reset(self) -> None:
+        super().reset()
+        self.clear()
+
+    def _read(self, offset: int, width: int) -> int:
+        simple = {0: 0x010000ED, 4: self.alive, 8: self.value, 0x20: self.status, 0x24: self.pending}
+        return simple.get(offset, self.dma.get(offset, (1 << 8 * width) - 1))
+
+    def _write(self, offset: int, value: int, width: int) -> None:
+        if offset == 4:
+            self.alive = ~value & 0xFFFFFFFF
+        elif offset == 8:
+            self.value = math.factorial(value) & 0xFFFFFFFF
+        elif offset == 0x60:
+            self._raise(value)
+        elif offset == 0x64:
+            self.pending &= ~value
+            self.set_level(bool(self.pending))
+        elif offset in self.dma:
+            self.dma[offset] = value
+            if offset == 0x98 and value & 1:
+                self._transfer(value)
+
+    def _raise(self, bits: int) -> None:
+        self.pending |= bits
+        if not self.trigger():
+            self.set_level(True)
+
+    def _transfer(self, command: int) -> None:
+        source, target, count = self.dma[0x80], self.dma[0x88], self.dma[0x90]
+        try:
+            if command & 2:
+                at = source - 0x40000
+                self.dma_write(target & 0xFFFFFFF, bytes(self.store[at : at + count]))
+            else:
+                at = target - 0x40000
+                self.store[at : at + count] = self.dma_read(source & 0xFFFFFFF, count)
+        except FaultError:
+            pass  # edu knows no errors
+        self.dma[0x98] &= ~1
+        if command & 4:
+            self._raise(0x100)
+
+
+class _Port:
+    """The NVMe model's way to memory: the device's."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        self.device = device
+
+    def read(self, iova: int, size: int) -> bytes:
+        return self.device.dma_read(iova, size)
+
+    def write(self, iova: int, data: bytes | bytearray | memoryview) -> None:
+        self.device.dma_write(iova, bytes(data))
+
+
+class FakeNvme(FakeDevice):
+    """The NVMe controller model behind VFIO: BAR 0 is its registers, interrupts are MSI-X vectors.
+
+    ``auto``: it works when a doorbell rings; else when a test calls ``controller.run()``."""
+
+    def __init__(
+        self, bdf: str = "0000:00:04.0", group: int = 4, *, namespaces: Iterable[Namespace] | None = None,
+        auto: bool = True, queues: int = 8, **options: object,
+    ) -> None:  # fmt: skip
+        super().__init__(bdf, group, ids=(0x1B36, 0x0010), class_code=0x010802, vectors={0: 1, 1: 32, 2: queues + 1})
+        spaces = [Namespace(1, 8192)] if namespaces is None else list(namespaces)
+        self.controller = Controller(_Port(self), spaces, queues=queues, **options)  # type: ignore[arg-type]
+        self.controller.on_interrupt = self.trigger
+        self.auto = auto
+        self.regions[0] = FakeRegion(0x4000, self._read, self._write)
+
+    def reset(self) -> None:
+        super().reset()
+        if hasattr(self, "controller"):
+            self.controller.reset()
+
+    def _read(self, offset: int, width: int) -> int:
+        return self.controller.read64(offset) if width == 8 else self.controller.read32(offset)
+
+    def _write(self, offset: int, value: int, width: int) -> None:
+        if width == 8:
+            self.controller.write64(offset, value)
+        else:
+            self.controller.write32(offset, value)
+        if self.auto and offset >= 0x1000:
+            self.controller.run()
