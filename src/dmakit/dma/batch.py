@@ -56,11 +56,12 @@ def _map_run(
 ) -> cython.Py_ssize_t:
     """How many pieces were mapped; when fewer than all, ``device.error`` and ``why`` tell about the next one."""
     i: cython.Py_ssize_t = 0
-    while i < len(phys):
-        out[i] = device._map_phys(phys[i], sizes[i], direction, attrs, cpu)
-        if out[i] == 0:
-            return i
-        i += 1
+    with cython.nogil:
+        while i < len(phys):
+            out[i] = device._map_phys(phys[i], sizes[i], direction, attrs, cpu)
+            if out[i] == 0:
+                break
+            i += 1
     return i
 
 
@@ -74,9 +75,10 @@ def _unmap_run(
     cpu: cython.int,
 ) -> cython.int:
     i: cython.Py_ssize_t = 0
-    while i < count:
-        device._unmap_phys(addresses[i], sizes[i], direction, attrs, cpu)
-        i += 1
+    with cython.nogil:
+        while i < count:
+            device._unmap_phys(addresses[i], sizes[i], direction, attrs, cpu)
+            i += 1
     return 0
 
 

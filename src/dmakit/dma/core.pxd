@@ -74,13 +74,14 @@ cdef class MapCore:
     cdef int _for_cpu(self, unsigned long long phys, unsigned long long size, int direction) except -1 nogil
     cdef unsigned long long _bounce_in(
         self, unsigned long long phys, unsigned long long size, unsigned long long align_mask, int direction, int attrs,
-        int cpu) except? 0 with gil
-    cdef int _bounce_out(self, unsigned long long tlb, unsigned long long size, int direction, int attrs) except -1 with gil
+        int cpu) except? 0 nogil
+    cdef int _bounce_out(self, unsigned long long tlb, unsigned long long size, int direction, int attrs) except -1 nogil
     cdef unsigned long long _origin(self, unsigned long long tlb) except? 0 with gil
-    cdef int _bounce_sync(self, unsigned long long tlb, unsigned long long size, bint to_device) except -1 with gil
+    cdef int _bounce_sync(self, unsigned long long tlb, unsigned long long size, bint to_device) except -1 nogil
     cdef bint _is_slot(self, unsigned long long phys) noexcept nogil
-    cdef unsigned long long _remember(self, unsigned long long addr, unsigned long long size) except? 0 with gil
-    cdef int _release_remembered(self, int direction, int attrs) except -1 with gil
+    cdef unsigned long long _remember(self, unsigned long long addr, unsigned long long size) except? 0 nogil
+    cdef int _widen_scratch(self, Py_ssize_t needed) except -1 with gil
+    cdef int _release_remembered(self, int direction, int attrs) except -1 nogil
     cdef bint _cuts_leaf(self, unsigned long long start, unsigned long long end) except? -1 nogil
     cdef void _warn(self, int which) noexcept with gil
     cdef void _note_wider(self, unsigned long long limit) noexcept with gil

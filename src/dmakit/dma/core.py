@@ -13,7 +13,7 @@ scatterlists (``scatter``) are written on the few primitives here:
 
 Invariants: *why* holds the reason (``reasons.Reason``) and *error* the negative errno of the last failure; both are
 set by the branch that decided. Nothing here raises for an expected failure: 0 is "no address". The primitives run
-without the GIL; what appends events, asks the CPU-cache model or walks bounce pools takes it for itself.
+without the GIL; what appends events, asks the CPU-cache model or walks several bounce pools takes it for itself.
 
 Models ``drivers/iommu/dma-iommu.c`` (iommu_dma_alloc_iova, iommu_dma_free_iova, dev_use_swiotlb,
 iommu_dma_map_swiotlb), ``include/linux/dma-map-ops.h`` (dma_kmalloc_needs_bounce), ``kernel/dma/swiotlb.c``.
@@ -285,7 +285,7 @@ class MapCore:
         if self.swiotlb is not None:
             self.skip_sync = False
             if self.cache is not None:
-                self.cache.clean(phys, size)
+                self._clean_lines(phys, size)
             tlb = self.swiotlb._map(phys, size, align_mask, self.min_align_mask, self.boundary, self.mask, attrs, cpu)
         if tlb == 0:
             return self._fail(-ENOMEM, _SLOTS_EXHAUSTED)
@@ -301,10 +301,10 @@ class MapCore:
     def _bounce_sync(self, tlb: cython.ulonglong, size: cython.ulonglong, to_device: cython.bint) -> cython.int:
         """Copy a part of a live bounced mapping to its slot, or back to the buffer."""
         if self.cache is not None:
-            self.cache.clean(self._origin(tlb), size)
+            self._clean_lines(self._origin(tlb), size)
         self.swiotlb._sync(tlb, size, to_device)
         if self.cache is not None and not to_device:
-            self.cache.invalidate(self._origin(tlb), size)
+            self._drop_lines(self._origin(tlb), size)
         return 0
 
     def _bounce_out(
@@ -314,10 +314,10 @@ class MapCore:
         origin: cython.ulonglong = 0
         if self.cache is not None:
             origin = self._origin(tlb)
-            self.cache.clean(origin, size)
+            self._clean_lines(origin, size)
         self.swiotlb._unmap(tlb, size, direction, attrs)
         if self.cache is not None and direction != DMA_TO_DEVICE:
-            self.cache.invalidate(origin, size)
+            self._drop_lines(origin, size)
         return 0
 
     def _remember(self, addr: cython.ulonglong, size: cython.ulonglong) -> cython.ulonglong:
@@ -329,7 +329,7 @@ class MapCore:
         used: cython.Py_ssize_t = 0
         needed: cython.Py_ssize_t = 2 * ((size >> self.granule_shift) + 2)
         if needed > len(self.scratch):
-            self.scratch = memoryview(array("Q", bytes(8 * needed)))
+            self._widen_scratch(needed)
         while at < end:
             phys = self.domain._iova_to_phys(at)
             if phys == 0:
@@ -342,6 +342,10 @@ class MapCore:
             at += length
         self.scratch_used = used
         return at - addr
+
+    def _widen_scratch(self, needed: cython.Py_ssize_t) -> cython.int:
+        self.scratch = memoryview(array("Q", bytes(8 * needed)))
+        return 0
 
     def _release_remembered(self, direction: cython.int, attrs: cython.int) -> cython.int:
         """Invalidate and copy back what ``_remember`` noted, and release its slots."""

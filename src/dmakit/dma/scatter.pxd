@@ -31,13 +31,13 @@ cdef class SgMapping:
         unsigned long long max_segment, bint length_of_head) noexcept nogil
 
 cdef class Scatter(Streaming):
-    cdef Py_ssize_t _map_sg(self, SgMapping sg, int cpu) except? -1
-    cdef int _unmap_sg(self, SgMapping sg, int cpu) except? -1
-    cdef int _sync_sg(self, SgMapping sg, bint for_cpu) except? -1
-    cdef int _classify(self, SgMapping sg) except -1
-    cdef bint _sg_needs_bounce(self, SgMapping sg) noexcept
-    cdef Py_ssize_t _map_each(self, SgMapping sg, int cpu) except? -1
-    cdef int _unmap_each(self, SgMapping sg, Py_ssize_t count, int attrs, int cpu) except? -1
-    cdef Py_ssize_t _map_merged(self, SgMapping sg, int cpu) except? -1
-    cdef int _map_runs(self, SgMapping sg, unsigned long long iova, int prot, int cpu) except? -1
-    cdef int _unmap_merged(self, SgMapping sg, int cpu) except? -1
+    cdef Py_ssize_t _map_sg(self, SgMapping sg, int cpu) except? -1 nogil
+    cdef int _unmap_sg(self, SgMapping sg, int cpu) except? -1 nogil
+    cdef int _sync_sg(self, SgMapping sg, bint for_cpu) except? -1 nogil
+    cdef int _classify(self, SgMapping sg) except -1 nogil
+    cdef bint _sg_needs_bounce(self, SgMapping sg) noexcept nogil
+    cdef Py_ssize_t _map_each(self, SgMapping sg, int cpu) except? -1 nogil
+    cdef int _unmap_each(self, SgMapping sg, Py_ssize_t count, int attrs, int cpu) except? -1 nogil
+    cdef Py_ssize_t _map_merged(self, SgMapping sg, int cpu) except? -1 nogil
+    cdef int _map_runs(self, SgMapping sg, unsigned long long iova, int prot, int cpu) except? -1 nogil
+    cdef int _unmap_merged(self, SgMapping sg, int cpu) except? -1 nogil

@@ -214,7 +214,7 @@ class Scatter(Streaming):
             sg.kind[i] = 0
         if self.p2p is None:
             return 0
-        self.p2p.reset()
+        self.p2p._reset()
         for i in range(sg.entries):
             sg.kind[i] = self.p2p._map_type(sg.phys[i])
             if sg.kind[i] == P2P_MAP_BUS_ADDR:

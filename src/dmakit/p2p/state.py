@@ -11,7 +11,7 @@ from __future__ import annotations
 import cython
 
 from dmakit.p2p.decision import MapType, map_type
-from dmakit.p2p.topology import PciDevice, PciTopology, Provider
+from dmakit.p2p.topology import PciDevice, PciTopology
 
 if cython.compiled:
     from cython.cimports.dmakit.consts import L_P2P_LOOKUPS, P2P_MAP_NONE
@@ -32,12 +32,14 @@ class P2pState:
         self.ledger = ledger
         self.lookups = 0
         self.map, self.bus_offset = P2P_MAP_NONE, 0
-        self.provider: Provider | None = None
         self.start = self.end = 0
 
     def reset(self) -> None:
         """Forget the last provider: a new request begins."""
-        self.provider = None
+        self._reset()
+
+    def _reset(self) -> cython.void:
+        """``reset``: the empty range makes the next page ask again."""
         self.start = self.end = 0
 
     def _map_type(self, phys: cython.ulonglong) -> cython.int:
@@ -56,7 +58,6 @@ class P2pState:
             return P2P_MAP_NONE
         self.lookups += 1
         self.ledger.counts[L_P2P_LOOKUPS] += 1
-        self.provider = provider
         self.start, self.end = provider.start, provider.end
         self.bus_offset = provider.bus_offset
         self.map = int(map_type(self.topology, provider, self.client))

@@ -14,6 +14,9 @@ reach. The rules:
   background and answers this one mapping from a *transient* pool of its own, freed at unmap.
 * Before an untrusted device sees a slot, the rest of its granules is cleared: ``_zero_pads``, called by dma-iommu.
 
+As long as there is one pool (``alone``: most kernels never have more), slots are searched, copied and freed without the
+GIL; the list of several pools is Python's, and walking it takes the GIL, as noting an event does.
+
 The caller keeps what is the device's: its masks, and that it ever bounced (``dma_skip_sync``). Bounce addresses
 are never 0, so 0 says "no room". Events: ``swiotlb_bounced``, ``tblmap``, ``tblunmap`` and ``warn``, with the fields
 of ``docs/design/contracts.md``; a failed ``tblmap`` shows the error cookie.
@@ -115,13 +118,16 @@ class Swiotlb:
         if areas <= 0 or areas & (areas - 1):
             raise MisuseError(f"areas={areas}: must be a power of two")
         self.areas = areas = limit_areas(areas, size // IO_TLB_SIZE)
-        self.add_pool(SwiotlbPool(memory, start, size, areas=areas, ledger=ledger))
+        self.pool = SwiotlbPool(memory, start, size, areas=areas, ledger=ledger)
+        self.alone = False
+        self.add_pool(self.pool)
         if grower is not None:
             grower.attach(self.add_pool)
 
     def add_pool(self, pool: SwiotlbPool) -> None:
         """Let later mappings use ``pool`` too; it is asked first."""
         self.pools.insert(0, pool)
+        self.alone = len(self.pools) == 1 and not self.transients
         self._widen(pool)
 
     def _widen(self, pool: SwiotlbPool) -> cython.void:
@@ -147,11 +153,12 @@ class Swiotlb:
 
     def _contains(self, phys: cython.ulonglong) -> cython.bint:
         """Whether ``phys`` lies in bounce memory (``is_swiotlb_buffer``)."""
-        found: cython.bint = False
-        if self.low <= phys < self.high:
-            with cython.gil:
-                found = self._pool_of(phys) is not None
-        return found
+        if self.alone:
+            return self.pool.start <= phys < self.pool.end
+        return self.low <= phys < self.high and self._in_some_pool(phys)
+
+    def _in_some_pool(self, phys: cython.ulonglong) -> cython.bint:
+        return self._pool_of(phys) is not None
 
     def _map(
         self,
@@ -170,16 +177,14 @@ class Swiotlb:
         """
         tlb: cython.ulonglong = 0
         if self.events is not None:
-            self.events.append(("swiotlb_bounced", phys, size))
+            self._note_bounced(phys, size)
         if not self.fail._hit():
             tlb = self._claim(phys, size, alloc_align_mask, min_align_mask, boundary, limit, cpu)
         if tlb != 0:
             self.ledger.counts[L_BOUNCE_MAPS] += 1
             self._bounce(tlb, size, True)
-        elif self.events is not None and not attrs & ATTR_NO_WARN:
-            self.events.append(("warn", f"swiotlb buffer is full (sz: {size} bytes)"))
         if self.events is not None:
-            self.events.append(("tblmap", phys, size, tlb if tlb != 0 else _MAPPING_ERROR))
+            self._note_mapped(phys, size, tlb, attrs)
         return tlb
 
     def _claim(
@@ -195,22 +200,59 @@ class Swiotlb:
         """Slots for the buffer, from any area of any pool, or else from a transient pool; 0 when there are none."""
         offset: cython.ulonglong = phys & min_align & (align_mask | (IO_TLB_SIZE - 1))
         total: cython.ulonglong = (size + offset + align_mask) & ~align_mask
-        pool: SwiotlbPool
-        slot: cython.Py_ssize_t
+        tlb: cython.ulonglong = 0
         turn: cython.Py_ssize_t
         if size > _SEGMENT_BYTES or total > _SEGMENT_BYTES:
             return 0
         for turn in range(self.areas):
-            for pool in self.pools:
-                if turn >= pool.areas:
-                    continue
-                slot = pool._search((cpu + turn) & (pool.areas - 1), phys, total, align_mask, min_align, boundary)
-                if slot >= 0:
-                    self._count_used((total + IO_TLB_SIZE - 1) >> IO_TLB_SHIFT)
-                    return pool._place(slot, phys, offset)
+            if self.alone:
+                tlb = self._ask(self.pool, cpu + turn, phys, total, offset, align_mask, min_align, boundary)
+            else:
+                tlb = self._ask_all(turn, cpu, phys, total, offset, align_mask, min_align, boundary)
+            if tlb != 0:
+                return tlb
         if self.grower is None:
             return 0
         return self._claim_transient(phys, total, offset, align_mask, min_align, boundary, limit)
+
+    def _ask(
+        self,
+        pool: SwiotlbPool,
+        turn: cython.Py_ssize_t,
+        phys: cython.ulonglong,
+        total: cython.ulonglong,
+        offset: cython.ulonglong,
+        align_mask: cython.ulonglong,
+        min_align: cython.ulonglong,
+        boundary: cython.ulonglong,
+    ) -> cython.ulonglong:
+        """Slots from one area of one pool, the one in turn; 0 when it has no room."""
+        slot: cython.Py_ssize_t = pool._search(turn & (pool.areas - 1), phys, total, align_mask, min_align, boundary)
+        if slot < 0:
+            return 0
+        self._count_used((total + IO_TLB_SIZE - 1) >> IO_TLB_SHIFT)
+        return pool._place(slot, phys, offset)
+
+    def _ask_all(
+        self,
+        turn: cython.Py_ssize_t,
+        cpu: cython.Py_ssize_t,
+        phys: cython.ulonglong,
+        total: cython.ulonglong,
+        offset: cython.ulonglong,
+        align_mask: cython.ulonglong,
+        min_align: cython.ulonglong,
+        boundary: cython.ulonglong,
+    ) -> cython.ulonglong:
+        """``_ask`` of every lasting pool, the newest first."""
+        pool: SwiotlbPool
+        tlb: cython.ulonglong = 0
+        for pool in self.pools:
+            if turn < pool.areas:
+                tlb = self._ask(pool, cpu + turn, phys, total, offset, align_mask, min_align, boundary)
+                if tlb != 0:
+                    break
+        return tlb
 
     def _claim_transient(
         self,
@@ -223,21 +265,20 @@ class Swiotlb:
         limit: cython.ulonglong,
     ) -> cython.ulonglong:
         """Slots from a pool made for this buffer alone, while the worker is asked for a lasting one; or 0."""
-        needed: cython.Py_ssize_t = (total + IO_TLB_SIZE - 1) >> IO_TLB_SHIFT
         self.grower.request()
-        made = self.grower.transient(needed, limit)
+        made = self.grower.transient(int((total + IO_TLB_SIZE - 1) >> IO_TLB_SHIFT), limit)
         if made is None:
             return 0
         pool: SwiotlbPool = made
-        slot: cython.Py_ssize_t = pool._search(0, phys, total, align_mask, min_align, boundary)
-        if slot < 0:
+        tlb: cython.ulonglong = self._ask(pool, 0, phys, total, offset, align_mask, min_align, boundary)
+        if tlb == 0:
             self.grower.release(pool)
             return 0
         self.transients.append(pool)
         self._widen(pool)
+        self.alone = False
         self.transient_slots += pool.slots
-        self._count_used(needed)
-        return pool._place(slot, phys, offset)
+        return tlb
 
     def _count_used(self, slots: cython.Py_ssize_t) -> cython.void:
         """Account newly taken slots."""
@@ -250,33 +291,72 @@ class Swiotlb:
     ) -> cython.void:
         """Copy back what the device may have written, then free the slots; ``tlb`` as ``_map`` returned it."""
         if self.events is not None:
-            self.events.append(("tblunmap", tlb, size))
-        found = self._pool_of(tlb)
-        if found is None:
+            self._note_unmapped(tlb, size)
+        if not self._contains(tlb):
             return
-        pool: SwiotlbPool = found
-        if not attrs & ATTR_SKIP_CPU_SYNC and (direction in (DMA_FROM_DEVICE, DMA_BIDIRECTIONAL)):
+        if not attrs & ATTR_SKIP_CPU_SYNC and direction in (DMA_FROM_DEVICE, DMA_BIDIRECTIONAL):
             self._bounce(tlb, size, False)
-        self.used -= pool._release(tlb)
+        self.used -= self.pool._release(tlb) if self.alone else self._release_somewhere(tlb)
+
+    def _release_somewhere(self, tlb: cython.ulonglong) -> cython.Py_ssize_t:
+        """Free the slots of ``tlb`` in whichever pool, and with them a transient pool; how many."""
+        found = self._pool_of(tlb)
+        assert found is not None
+        pool: SwiotlbPool = found
+        freed: cython.Py_ssize_t = pool._release(tlb)
         if pool.transient:
             self.transients.remove(pool)
             self.transient_slots -= pool.slots
+            self.alone = len(self.pools) == 1 and not self.transients
             self.grower.release(pool)
+        return freed
 
     def _bounce(self, tlb: cython.ulonglong, size: cython.ulonglong, to_device: cython.bint) -> cython.void:
         """Copy ``size`` bytes between slots and buffer (``swiotlb_bounce``), not beyond the allocation's end."""
-        found = self._pool_of(tlb)
-        if found is None:
+        copied: cython.ulonglong
+        if not self._contains(tlb):
             return
-        pool: SwiotlbPool = found
-        copied: cython.ulonglong = pool._copy_slots(tlb, size, to_device)
+        if self.alone:
+            copied = self.pool._copy_slots(tlb, size, to_device)
+        else:
+            copied = self._copy_somewhere(tlb, size, to_device)
         self.ledger.counts[L_BOUNCED_BYTES] += copied
         if copied != size and copied != 0 and self.events is not None:
-            self.events.append(("warn", f"Buffer overflow detected. Allocation size: {copied}. Mapping size: {size}."))
+            self._note_overflow(copied, size)
+
+    def _copy_somewhere(
+        self, tlb: cython.ulonglong, size: cython.ulonglong, to_device: cython.bint
+    ) -> cython.ulonglong:
+        found = self._pool_of(tlb)
+        assert found is not None
+        pool: SwiotlbPool = found
+        return pool._copy_slots(tlb, size, to_device)
 
     def _sync(self, tlb: cython.ulonglong, size: cython.ulonglong, to_device: cython.bint) -> cython.void:
         """Copy the part [tlb, tlb + size) of a live mapping to the slots, or back to the buffer."""
         self._bounce(tlb, size, to_device)
+
+    # Events, when somebody listens ----------------------------------------------------------------------------
+
+    def _note_bounced(self, phys: cython.ulonglong, size: cython.ulonglong) -> cython.void:
+        assert self.events is not None
+        self.events.append(("swiotlb_bounced", phys, size))
+
+    def _note_mapped(
+        self, phys: cython.ulonglong, size: cython.ulonglong, tlb: cython.ulonglong, attrs: cython.int
+    ) -> cython.void:
+        assert self.events is not None
+        if tlb == 0 and not attrs & ATTR_NO_WARN:
+            self.events.append(("warn", f"swiotlb buffer is full (sz: {size} bytes)"))
+        self.events.append(("tblmap", phys, size, tlb if tlb != 0 else _MAPPING_ERROR))
+
+    def _note_unmapped(self, tlb: cython.ulonglong, size: cython.ulonglong) -> cython.void:
+        assert self.events is not None
+        self.events.append(("tblunmap", tlb, size))
+
+    def _note_overflow(self, copied: cython.ulonglong, size: cython.ulonglong) -> cython.void:
+        assert self.events is not None
+        self.events.append(("warn", f"Buffer overflow detected. Allocation size: {copied}. Mapping size: {size}."))
 
     def _zero_pads(self, tlb: cython.ulonglong, size: cython.ulonglong, granule_mask: cython.ulonglong) -> cython.void:
         """Clear the rest of the granules that hold [tlb, tlb + size): an untrusted device sees them whole."""
