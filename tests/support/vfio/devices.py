@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterable
 
 from dmakit.errors import FaultError
-from dmakit.nvme.controller import Controller
+from dmakit.nvme.model import ControllerModel
 from dmakit.nvme.namespace import Namespace
 from tests.support.vfio.pages import PAGE, Space
 
@@ -232,7 +232,7 @@ class FakeNvme(FakeDevice):
     ) -> None:  # fmt: skip
         super().__init__(bdf, group, ids=(0x1B36, 0x0010), class_code=0x010802, vectors={0: 1, 1: 32, 2: queues + 1})
         spaces = [Namespace(1, 8192)] if namespaces is None else list(namespaces)
-        self.controller = Controller(_Port(self), spaces, queues=queues, **options)  # type: ignore[arg-type]
+        self.controller = ControllerModel(_Port(self), spaces, queues=queues, **options)  # type: ignore[arg-type]
         self.controller.on_interrupt = self.trigger
         self.auto = auto
         self.regions[0] = FakeRegion(0x4000, self._read, self._write)
