@@ -9,8 +9,12 @@ path, and the kernel source that it follows.
 
 from __future__ import annotations
 
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain
 
 
 class Reason(IntEnum):
@@ -207,22 +211,53 @@ class PathLog:
             raise ValueError(f"fast paths {sorted(unknown)} are not among the declared paths {paths}")
         self.paths = paths
         self.fast = fast
-        self.requests: dict[int, tuple[int, Reason]] = {}
+        self._taken = array("H")  # of the requests numbered 0, 1, 2 …, as long as they come in order
+        self._others: dict[int, int] = {}
+
+    @property
+    def requests(self) -> Mapping[int, tuple[int, Reason]]:
+        """(index of the path, reason) by request, in the order they were taken."""
+        return _Taken(self._taken, self._others)
 
     def take(self, request: int, path: str, reason: Reason) -> None:
         """Record the path of ``request`` (any unique number) and the reason of the deciding branch."""
-        if request in self.requests:
+        taken = self.paths.index(path) << 8 | reason
+        if request == len(self._taken) and not self._others:
+            self._taken.append(taken)
+        elif request in self.requests:
             raise ValueError(f"request {request} already took path {self.paths[self.requests[request][0]]!r}")
-        self.requests[request] = (self.paths.index(path), reason)
+        else:
+            self._others[request] = taken
+
+    def _summed(self) -> list[tuple[int, Reason, int]]:
+        """(path, reason, requests), sorted."""
+        sums = Counter(self._taken) + Counter(self._others.values())
+        return [(taken >> 8, Reason(taken & 255), count) for taken, count in sorted(sums.items())]
 
     def counts(self) -> dict[str, dict[Reason, int]]:
         """{path: {reason: count}} over all requests, in the order of declaration."""
         table: dict[str, dict[Reason, int]] = {}
-        for path, reason in sorted(self.requests.values()):
-            row = table.setdefault(self.paths[path], {})
-            row[reason] = row.get(reason, 0) + 1
+        for path, reason, count in self._summed():
+            table.setdefault(self.paths[path], {})[reason] = count
         return table
 
     def slow(self) -> int:
         """How many requests left the fast paths."""
-        return sum(1 for path, _ in self.requests.values() if self.paths[path] not in self.fast)
+        return sum(count for path, _, count in self._summed() if self.paths[path] not in self.fast)
+
+
+class _Taken(Mapping[int, tuple[int, Reason]]):
+    """A view of a path log: two bytes a request, as long as requests are numbered as they come."""
+
+    def __init__(self, taken: array[int], others: dict[int, int]) -> None:
+        self._taken, self._others = taken, others
+
+    def __getitem__(self, request: int) -> tuple[int, Reason]:
+        code = self._taken[request] if 0 <= request < len(self._taken) else self._others[request]
+        return code >> 8, Reason(code & 255)
+
+    def __iter__(self) -> Iterator[int]:
+        return chain(range(len(self._taken)), self._others)
+
+    def __len__(self) -> int:
+        return len(self._taken) + len(self._others)

@@ -80,6 +80,19 @@ def test_a_request_takes_one_path() -> None:
     assert log.slow() == 1
 
 
+@pytest.mark.parametrize("numbers", [(0, 1, 2, 3), (0, 1, 5, 2, 6), (9, 0, 1)])
+def test_a_path_log_keeps_the_order_of_requests(numbers: tuple[int, ...]) -> None:
+    log = PathLog(("a", "b"), frozenset({"a"}))
+    for n in numbers:
+        log.take(n, "b" if n % 2 else "a", Reason.COALESCED if n % 3 else Reason.NO_IOMMU)
+    expected = {n: (n % 2, Reason.COALESCED if n % 3 else Reason.NO_IOMMU) for n in numbers}
+    assert dict(log.requests) == expected and list(log.requests) == list(numbers)
+    assert log.slow() == sum(n % 2 for n in numbers)
+    for n in numbers:
+        with pytest.raises(ValueError, match=rf"^request {n} already took path"):
+            log.take(n, "a", Reason.NONE)
+
+
 def test_the_base_error_is_not_raised_and_errnos_have_names() -> None:
     with pytest.raises(TypeError):
         DmakitError("no")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+from array import array
+from collections.abc import Sequence
+
 import pytest
 
 from dmakit.errors import InputError
 from dmakit.lab.profile import NOT_PRICED, PUBLISHED, cheaper, derived, modelled
-from dmakit.lab.workload import COMPLETE, SUBMIT, FioSpec, Workload, merge_adjacent, queue_schedule
+from dmakit.lab.request_table import COMPLETE, SUBMIT, IoRequest, Layout, QueueSchedule, Requests, SplitSchedule
+from dmakit.lab.workload import FioSpec, Workload, merge_adjacent
 from dmakit.ledger import ROWS
 from dmakit.memory.pages import PageAllocator
 from dmakit.memory.physical import PhysicalMemory
@@ -56,7 +62,7 @@ def test_merge_adjacent_joins_only_physical_neighbours() -> None:
 @pytest.mark.parametrize(("count", "depth"), [(1, 1), (5, 8), (20, 3)])
 def test_schedules_never_exceed_the_depth_and_complete_everything(count: int, depth: int) -> None:
     inflight: set[int] = set()
-    for kind, number in queue_schedule(count, depth):
+    for kind, number in QueueSchedule(count, depth):
         if kind == SUBMIT:
             inflight.add(number)
             assert len(inflight) <= depth
@@ -93,3 +99,47 @@ def test_modelled_time_is_counts_times_rates() -> None:
     assert low == pytest.approx(2 * 53.5 + 68 + 1000)
     assert high == pytest.approx(2 * 55 + 87 + 1236)
     assert cheaper((1, 2), (2, 3)) and not cheaper((1, 4), (2, 3))
+
+
+ONE, TWO = Layout.of(((0x1000, 4096),)), Layout.of(((0x1000, 4096), (0x9000, 512)), ((0x1000, 4608),))
+
+
+@pytest.mark.parametrize("numbers", [range(4), (3, 4, 9, 5)])
+def test_requests_kept_in_columns_come_out_as_they_went_in(numbers: Sequence[int]) -> None:
+    given = [
+        IoRequest(number, "read" if number % 2 else "write", (ONE, TWO)[n % 2], n, n + 1, "ab"[n % 2])
+        for n, number in enumerate(numbers)
+    ]
+    kept = Requests(given)
+    assert list(kept) == given and kept[-1] == given[-1] and kept[1:3] == given[1:3]
+    assert [kept.numbered(number) for number in numbers] == given
+    assert kept.layouts == [ONE, TWO] and kept.size == sum(request.size for request in given) == 2 * (4096 + 4608)
+    assert kept == Requests(given) and kept != Requests(given[:3])
+    for wrong in (-1, 77):
+        with pytest.raises(KeyError):
+            kept.numbered(wrong)
+    moved = kept.replaced([TWO, ONE])
+    assert [request.layout for request in moved] == [TWO, ONE, TWO, ONE]
+    assert [request.number for request in moved] == list(numbers)
+
+
+def test_a_schedule_of_cut_requests_names_every_part() -> None:
+    whole = Requests([IoRequest(7, "read", ONE), IoRequest(8, "read", TWO)])
+    schedule = SplitSchedule([(SUBMIT, 7), (SUBMIT, 8), (COMPLETE, 7), (COMPLETE, 8)], whole, array("Q", [0, 1, 3]))
+    once = [(SUBMIT, 0), (SUBMIT, 1), (SUBMIT, 2), (COMPLETE, 0), (COMPLETE, 1), (COMPLETE, 2)]
+    assert list(schedule) == list(schedule) == once
+
+
+def test_a_workload_keeps_no_object_for_a_request() -> None:
+    def held(count: int) -> int:
+        spec = FioSpec(block_sizes=(4 * KIB, 8 * KIB), iodepth=4, requests=count)
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        workload = place(spec)
+        gc.collect()
+        size = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+        assert len(workload.requests) == count
+        return size
+
+    assert held(12_000) - held(2_000) < 10_000 * 16

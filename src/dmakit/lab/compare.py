@@ -21,9 +21,9 @@ from dmakit.errors import DmakitError, FaultError, UnsupportedError
 from dmakit.lab.options import Options
 from dmakit.lab.pattern import Pattern, count_wrong
 from dmakit.lab.profile import PUBLISHED, cheaper, derived, modelled
+from dmakit.lab.request_table import SUBMIT, IoRequest, Requests
 from dmakit.lab.rig import Rig, Source
 from dmakit.lab.strategies import STRATEGIES, Mapped, Strategy
-from dmakit.lab.workload import SUBMIT, IoRequest
 from dmakit.ledger import ROWS, difference
 from dmakit.reasons import PathLog
 
@@ -48,7 +48,7 @@ class StrategyResult:
     paths: PathLog | None = None
     simulator_ns: int = 0
     unavailable: str = ""
-    workload: list[IoRequest] = field(default_factory=list)
+    workload: Requests = field(default_factory=Requests)
 
     @property
     def modelled_ns(self) -> tuple[float, float]:
@@ -123,9 +123,9 @@ class Run:
 
     def __init__(self, rig: Rig, strategy: Strategy, result: StrategyResult) -> None:
         self.rig, self.strategy, self.result = rig, strategy, result
-        largest = max((request.size for request in rig.workload.requests), default=0)
+        largest = max((layout.size for layout in rig.workload.requests.layouts), default=0)
         self.pattern = Pattern(largest, rig.options.seed)
-        self.inflight: dict[int, Mapped] = {}
+        self.inflight: dict[int, tuple[IoRequest, Mapped]] = {}
         self.counts = np.asarray(rig.ledger.counts)
         self.submission = np.zeros_like(self.counts)
         self.completion = np.zeros_like(self.counts)
@@ -137,17 +137,17 @@ class Run:
         before = self.counts.copy()
         started = time.perf_counter_ns()
         try:
-            self.inflight[request.number] = self.strategy.map(request)
+            self.inflight[request.number] = request, self.strategy.map(request)
         except DmakitError:
             self.result.failed += 1
         self.result.simulator_ns += time.perf_counter_ns() - started
         self.submission += self.counts - before
 
-    def complete(self, request: IoRequest) -> None:
+    def complete(self, number: int) -> None:
         """The device does its work, the request is unmapped, the bytes are compared."""
-        mapped = self.inflight.pop(request.number, None)
-        if mapped is None:
+        if number not in self.inflight:
             return
+        request, mapped = self.inflight.pop(number)
         expected = self.pattern.of(request.number, request.size)
         if request.op == "write" and request.number in self.rig.shared:
             expected = memoryview(
@@ -195,12 +195,12 @@ def _run(rig: Rig, kind: type[Strategy], result: StrategyResult, progress: Progr
     before = rig.ledger.snapshot()
     result.setup = difference(before, blank)
     run = Run(rig, strategy, result)
-    requests = {request.number: request for request in rig.workload.requests}
+    requests = rig.workload.requests
     for kind_of_event, number in rig.workload.schedule:
         if kind_of_event == SUBMIT:
-            run.submit(requests[number])
+            run.submit(requests.numbered(number))
         else:
-            run.complete(requests[number])
+            run.complete(number)
             if progress is not None:
                 progress(result.name, result.requests + result.failed, len(requests))
         rig.tick()

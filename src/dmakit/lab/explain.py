@@ -6,13 +6,14 @@ is read out, nothing is guessed. What a trace does not show is said to be unknow
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 from dmakit.errors import InputError
 from dmakit.lab.compare import Progress, StrategyResult, run_strategy
 from dmakit.lab.options import Options
+from dmakit.lab.request_table import IoRequest, Requests
 from dmakit.lab.rig import Source
-from dmakit.lab.workload import IoRequest
 from dmakit.reasons import RULES, Reason, Rule
 
 
@@ -71,19 +72,19 @@ class Detail:
 class Explanation:
     """The path log of one input, grouped."""
 
-    def __init__(self, result: StrategyResult, requests: list[IoRequest]) -> None:
+    def __init__(self, result: StrategyResult, requests: Requests) -> None:
         assert result.paths is not None
         self.log = result.paths
-        self.requests = {request.number: request for request in requests}
-        groups: dict[tuple[int, Reason], list[int]] = {}
+        self.requests = requests
+        groups: dict[tuple[int, Reason], array[int]] = {}
         for number, (path, reason) in self.log.requests.items():
-            groups.setdefault((path, reason), []).append(number)
+            groups.setdefault((path, reason), array("Q")).append(number)
         self.lines = [self._line(path, reason, numbers) for (path, reason), numbers in sorted(groups.items())]
 
-    def _line(self, path: int, reason: Reason, numbers: list[int]) -> Line:
+    def _line(self, path: int, reason: Reason, numbers: array[int]) -> Line:
         phases: dict[str, int] = {}
         for number in numbers:
-            phase = self.requests[number].phase
+            phase = self.requests.numbered(number).phase
             phases[phase] = phases.get(phase, 0) + 1
         name = self.log.paths[path]
         return Line(
@@ -109,7 +110,7 @@ class Explanation:
             raise InputError(f"--request {number}: requests here are numbered 0 to {len(self.requests) - 1}")
         path, reason = self.log.requests[number]
         line = next(x for x in self.lines if (x.path, x.reason) == (self.log.paths[path], reason))
-        return Detail(self.requests[number], line)
+        return Detail(self.requests.numbered(number), line)
 
 
 def explain(source: Source, options: Options, progress: Progress | None = None) -> Explanation:

@@ -10,8 +10,8 @@ of memory of their own, and descriptors and registered windows from memory that 
 
 from __future__ import annotations
 
+from array import array
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, Protocol, cast
 
 from dmakit.block.bio import Bio, split
@@ -23,7 +23,8 @@ from dmakit.dma.direction import Direction
 from dmakit.errors import DmakitError
 from dmakit.lab.descriptors import Descriptors, fetch
 from dmakit.lab.options import Options
-from dmakit.lab.workload import IoRequest, Segments, Workload, overlapping
+from dmakit.lab.request_table import IoRequest, Layout, Requests, Segments, SplitSchedule
+from dmakit.lab.workload import Workload, overlapping
 from dmakit.memory.buffers import CpuView
 from dmakit.nvme.coherent import DeviceSource
 from dmakit.nvme.mapping import RequestMapper
@@ -112,8 +113,9 @@ class Rig:
 
     def _move_to_peer(self) -> None:
         """Put every buffer into the memory of a peer device, at the same distances, below one switch or not."""
-        low = min(phys for request in self.workload.requests for phys, _ in request.segments) & ~(2 * MIB - 1)
-        high = max(phys + size for request in self.workload.requests for phys, size in request.segments)
+        layouts = self.workload.requests.layouts
+        low = min(phys for layout in layouts for phys, _ in layout.segments) & ~(2 * MIB - 1)
+        high = max(phys + size for layout in layouts for phys, size in layout.segments)
         bar = self.machine.add_bar(1 << (high - low - 1).bit_length(), "peer memory")
         topology = PciTopology(self.machine.memory)
         bridge = HostBridge("host", (0x8086, 0x2030))
@@ -125,29 +127,30 @@ class Rig:
         self.provider = topology.provide(owner, bar.start, bar.size)
         self.peer = P2pState(topology, client, self.machine.ledger)
         shift = bar.start - low
-        self.workload.requests = [
-            replace(
-                r,
-                segments=tuple((phys + shift, size) for phys, size in r.segments),
-                bvecs=tuple((phys + shift, size) for phys, size in r.bvecs),
-            )
-            for r in self.workload.requests
-        ]
+
+        def moved(segments: Segments) -> Segments:
+            return tuple((phys + shift, size) for phys, size in segments)
+
+        self.workload.requests = self.workload.requests.replaced(
+            [Layout.of(moved(layout.segments), moved(layout.bvecs)) for layout in layouts]
+        )
 
     def _split(self) -> None:
         """PRPs cannot describe a gap inside a controller page: the block layer cuts such requests there."""
-        parts: dict[int, list[int]] = {}
-        requests: list[IoRequest] = []
-        for request in self.workload.requests:
-            bio = Bio(Op.READ)
-            for phys, size in request.segments:
-                bio.add(phys, size)
-            parts[request.number] = []
-            for part in split(bio, self.limits):
-                parts[request.number].append(len(requests))
-                requests.append(replace(request, number=len(requests), segments=tuple(part.data.bvecs), bvecs=()))
+        whole, requests, first = self.workload.requests, Requests(), array("Q", [0])
+        parts: dict[Segments, list[int]] = {}
+        for request in whole:
+            if request.segments not in parts:
+                bio = Bio(Op.READ)
+                for phys, size in request.segments:
+                    bio.add(phys, size)
+                cut = split(bio, self.limits)
+                parts[request.segments] = [requests.layout(tuple(part.data.bvecs)) for part in cut]
+            for layout in parts[request.segments]:
+                requests.add(request.op, layout, request.cpu, request.complete_cpu, request.phase)
+            first.append(len(requests))
         self.workload.requests = requests
-        self.workload.schedule = [(kind, new) for kind, old in self.workload.schedule for new in parts[old]]
+        self.workload.schedule = SplitSchedule(self.workload.schedule, whole, first)
 
     # The CPU's side and the device's side of the data ---------------------------------------------------------
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from dmakit.errors import InputError
 from dmakit.lab.inputs import Input
-from dmakit.lab.workload import FioSpec, IoRequest, Segments, Workload
+from dmakit.lab.request_table import IoRequest, Layout, Requests, Segments
+from dmakit.lab.workload import FioSpec, Workload
 from dmakit.platform.soft import HIGH_RAM_START, LOW_RAM_END, Machine
 from dmakit.trace.requests import Recorded
 from dmakit.units import GIB, MIB, PAGE
@@ -114,18 +115,17 @@ class TraceSource:
         """The recorded requests; nothing is allocated, the addresses are theirs."""
         from dmakit.trace.requests import schedule
 
-        requests = [
+        requests = Requests(
             IoRequest(
                 request.number,
                 "read" if request.read else "write",
-                tuple(self._placed(phys, size) for phys, size in request.segments),
+                Layout.of(tuple(self._placed(phys, size) for phys, size in request.segments), self._bvecs(request)),
                 request.cpu,
                 request.end_cpu,
                 request.phase,
-                self._bvecs(request),
             )
             for request in self.requests
-        ]
+        )
         return Workload(self.name, requests, schedule(self.requests), self.cpus)
 
     def replay_score(self) -> tuple[int, int] | None:

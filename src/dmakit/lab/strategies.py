@@ -26,8 +26,8 @@ from dmakit.block.sg import SgRequest
 from dmakit.consts import ATTR_MMIO, L_BOOKKEEPING_BYTES, L_BOUNCE_MAPS, L_PASSES
 from dmakit.errors import DmakitError, UnsupportedError
 from dmakit.lab.descriptors import Descriptors, DescriptorWriter
+from dmakit.lab.request_table import IoRequest, Segments
 from dmakit.lab.rig import Rig, direction_of
-from dmakit.lab.workload import IoRequest, Segments
 from dmakit.nvme.iod import FAST_PATHS, PATHS, Iod
 from dmakit.p2p.decision import MapType
 from dmakit.reasons import PathLog, Reason
@@ -231,9 +231,9 @@ class Premap(Strategy):
             raise UnsupportedError("premap registers memory of this machine, not of a peer device")
         if not self.rig.options.coherent:
             raise UnsupportedError("premap keeps buffers mapped without syncing them: it needs a coherent device")
-        for request in self.rig.workload.requests:
-            if request.segments not in self.registered:
-                self.registered[request.segments] = self._register(request.segments)
+        for layout in self.rig.workload.requests.layouts:
+            if layout.segments not in self.registered:
+                self.registered[layout.segments] = self._register(layout.segments)
                 if self.ledger.counts[L_BOUNCE_MAPS]:
                     self.finish()
                     raise UnsupportedError("premap does not sync on each use: a bounced buffer would be stale")

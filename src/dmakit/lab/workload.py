@@ -16,34 +16,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dmakit.errors import InputError
+from dmakit.lab.request_table import COMPLETE, QueueSchedule, Requests, Schedule, Segments
 from dmakit.memory.buffers import Buffer, allocate
 from dmakit.memory.pages import PageAllocator
 from dmakit.units import KIB, PAGE, format_size
-
-SUBMIT, COMPLETE = 0, 1
-Segments = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class IoRequest:
-    """One request: ``op`` is ``read`` (device writes memory) or ``write``; segments are (phys, bytes).
-
-    ``bvecs``: how the block layer holds the same memory, where that is known to be more pieces than segments (a request
-    merged from several bios whose memory happens to be contiguous); empty: one piece a segment.
-    """
-
-    number: int
-    op: str
-    segments: Segments
-    cpu: int = 0
-    complete_cpu: int = 0
-    phase: str = ""
-    bvecs: Segments = ()
-
-    @property
-    def size(self) -> int:
-        """Payload bytes."""
-        return sum(length for _, length in self.segments)
 
 
 @dataclass(slots=True)
@@ -51,15 +27,15 @@ class Workload:
     """Requests and the order in which they are submitted and completed."""
 
     name: str
-    requests: list[IoRequest]
-    schedule: list[tuple[int, int]]
+    requests: Requests
+    schedule: Schedule
     cpus: int = 1
     notes: list[str] = field(default_factory=list)
 
     @property
     def size(self) -> int:
         """Payload bytes of all requests."""
-        return sum(request.size for request in self.requests)
+        return self.requests.size
 
 
 def merge_adjacent(ranges: Iterable[tuple[int, int]]) -> Segments:
@@ -136,40 +112,37 @@ class FioSpec:
         draw = random.Random(self.seed)
         largest = max(self.block_sizes)
         slots = [[self._buffer(pages, largest) for _ in range(self.iodepth)] for _ in range(self.jobs)]
-        requests: list[IoRequest] = []
+        requests, depth = Requests(), self.iodepth * self.jobs
+        layouts: dict[tuple[int, int], int] = {}
         for number in range(self.requests):
-            job = number % self.jobs
-            buffer = slots[job][(number // self.jobs) % self.iodepth]
+            slot, job = divmod(number % depth, self.jobs)
             size = draw.choice(self.block_sizes)
             op = "read" if draw.random() < self.read_share else "write"
-            requests.append(IoRequest(number, op, merge_adjacent(buffer.slices(0, size)), job, job))
-        return Workload(self.name, requests, queue_schedule(len(requests), self.iodepth * self.jobs), self.jobs)
+            if (number % depth, size) not in layouts:
+                pieces = merge_adjacent(slots[job][slot].slices(0, size))
+                layouts[number % depth, size] = requests.layout(pieces)
+            requests.add(op, layouts[number % depth, size], job, job)
+        return Workload(self.name, requests, QueueSchedule(len(requests), depth), self.jobs)
 
 
 def overlapping(workload: Workload) -> set[int]:
     """Numbers of the requests that share a page with another one while both are in flight."""
     users: dict[int, set[int]] = {}
     shared: set[int] = set()
-    requests = {request.number: request for request in workload.requests}
+    pages: dict[Segments, list[int]] = {}
+    requests = workload.requests
     for kind, number in workload.schedule:
-        for phys, size in requests[number].segments:
-            for page in range(phys >> 12, (phys + size + 4095) >> 12):
-                there = users.setdefault(page, set())
-                if kind == COMPLETE:
-                    there.discard(number)
-                    continue
-                there.add(number)
-                if len(there) > 1:
-                    shared |= there
+        segments = requests.layout_at(requests.position(number)).segments
+        if segments not in pages:
+            pages[segments] = [
+                page for phys, size in segments for page in range(phys >> 12, (phys + size + 4095) >> 12)
+            ]
+        for page in pages[segments]:
+            there = users.setdefault(page, set())
+            if kind == COMPLETE:
+                there.discard(number)
+                continue
+            there.add(number)
+            if len(there) > 1:
+                shared |= there
     return shared
-
-
-def queue_schedule(count: int, depth: int) -> list[tuple[int, int]]:
-    """Submit until ``depth`` are in flight, then complete the oldest before each further submission."""
-    schedule: list[tuple[int, int]] = []
-    for number in range(count):
-        if number >= depth:
-            schedule.append((COMPLETE, number - depth))
-        schedule.append((SUBMIT, number))
-    schedule += [(COMPLETE, number) for number in range(max(0, count - depth), count)]
-    return schedule
