@@ -100,7 +100,7 @@ def source_of(args: argparse.Namespace) -> Source:
     return sources.source_of(inputs.resolve(args.input, args.seed), args.boot)
 
 
-def progress() -> Callable[[str, int, int], None]:
+def progress(unit: str = "requests") -> Callable[[str, int, int], None]:
     """A line on standard error, at most five times a second on a terminal, once a strategy otherwise."""
     terminal = sys.stderr.isatty()
     shown = ""
@@ -112,10 +112,10 @@ def progress() -> Callable[[str, int, int], None]:
         now = time.monotonic()
         if terminal and (now - last > 0.2 or done == total):
             last = now
-            sys.stderr.write(f"\r\x1b[K{name}: {done}/{total} requests" if done < total else "\r\x1b[K")
+            sys.stderr.write(f"\r\x1b[K{name}: {done}/{total} {unit}" if done < total else "\r\x1b[K")
             sys.stderr.flush()
         elif not terminal and shown != name and now - started > 2:
             shown = name
-            print(f"{name}: {done}/{total} requests", file=sys.stderr)
+            print(f"{name}: {done}/{total} {unit}", file=sys.stderr)
 
     return show

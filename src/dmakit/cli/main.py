@@ -22,6 +22,7 @@ VERBS = {
     "explain": "say for every request which path it took, why, and what would make it fast",
     "replay": "replay recorded kernel traces, golden vectors or step files on dmakit's stack",
     "record": "record what this kernel does for DMA mapping while a command runs",
+    "nvme": "drive an NVMe controller: list, identify, read, write, verify every byte, measure",
     "bench": "measure this code against the limits of this machine",
     "doctor": "show which core runs and why, and what this host can do: IOMMU, VFIO, tracing, …",
     "test": "run the test-suite of a checkout, interpreted and compiled",

@@ -1,11 +1,11 @@
 """The public face of the NVMe driver: ``Controller.open`` a controller, take a namespace, read and write.
 
-    with Controller.open("soft") as controller:               # or "0000:01:00.0": VFIO
+    with Controller.open("soft") as controller:               # or "0000:01:00.0": VFIO               # or "0000:01:00.0": VFIO
         disk = controller.namespaces[1]
         disk.write(0, b"hello".ljust(512))
         data = disk.read(0, 1)
 
-    async with Controller.open("soft", queues=2) as controller:
+    async with Controller.open("0000:01:00.0", queues=2) as controller:
         disk = controller.namespaces[1]
         await asyncio.gather(*(disk.read(lba, 8) for lba in range(0, 4096, 8)))
 
@@ -23,7 +23,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dmakit.errors import DmakitError, InputError, MisuseError
+from dmakit.errors import DmakitError, MisuseError
 from dmakit.nvme.batch import BatchQueue
 from dmakit.nvme.buffers import DmaBuffer
 from dmakit.nvme.driver import NvmeDriver
@@ -71,11 +71,11 @@ class Controller:
         record: bool = False,
         **host: Any,
     ) -> Controller:
-        """Open ``"soft"`` (a software machine with a controller model) and bring it up.
+        """Open ``"soft"`` (a software machine with a controller model) or a PCI address (VFIO) and bring it up.
 
         ``queues`` I/O queue pairs of ``depth`` commands; ``strategy``: how memory is mapped (``premap``, ``two-step``,
         ``page``, ``sg``); ``use_sgl``: SGLs where the controller has them; ``timeout``: seconds for a command;
-        ``record``: keep each request's path; further options are the host's (``software.SoftHost``).
+        ``record``: keep each request's path; further options are the host's (``software.SoftHost``, ``vfio.VfioHost``).
         """
         if depth < 1:
             raise MisuseError(f"depth={depth}: at least one command")
@@ -83,7 +83,9 @@ class Controller:
         if where == "soft":
             made = SoftHost(cpus=queues, **host)
         else:
-            raise InputError(f"{where!r}: only 'soft' can be opened on this version")
+            from dmakit.nvme.vfio import VfioHost
+
+            made = VfioHost(where, vectors=queues + 1, cpus=queues, **host)
         return cls(
             made,
             queues=queues,
