@@ -1,7 +1,7 @@
 """``dmakit nvme list|identify|read|write|verify|perf``: an NVMe controller driven from user space.
 
-``--platform soft`` (or ``--soft``): a controller model on a software machine, with a namespace of 128 MiB, empty at each
-start; ``--platform vfio:BDF``: a real one that is bound to vfio-pci. Exit status: 0 well, 1 data differ or an I/O
+``--platform soft`` (or ``--soft``): a controller model on a software machine, with a namespace of 128 MiB, empty at
+each start; ``--platform vfio:BDF``: a real one that is bound to vfio-pci. Exit status: 0 well, 1 data differ or an I/O
 failed, 2 bad input or a controller that cannot be had.
 """
 
@@ -252,7 +252,8 @@ def _verify(controller: Controller, args: argparse.Namespace) -> int:
         f"{report.controller}, namespace {report.nsid}: {report.bytes_written} bytes written from block "
         f"{report.first_lba} (what was there is gone), {report.bytes_compared} read back and compared",
         f"{report.extents} extents, {report.commands} commands ({report.prp_commands} PRP, {report.sgl_commands} SGL), "
-        f"up to {report.max_in_flight} in flight, strategy {report.strategy}, seed {report.seed}, {report.resets} resets",
+        f"up to {report.max_in_flight} in flight, strategy {report.strategy}, seed {report.seed}, "
+        f"{report.resets} resets",
     ]
     lines += report.failed[:10]
     lines += [

@@ -1,6 +1,6 @@
 """The public face of the NVMe driver: ``Controller.open`` a controller, take a namespace, read and write.
 
-    with Controller.open("soft") as controller:               # or "0000:01:00.0": VFIO               # or "0000:01:00.0": VFIO
+    with Controller.open("soft") as controller:  # or "0000:01:00.0": VFIO               # or "0000:01:00.0": VFIO
         disk = controller.namespaces[1]
         disk.write(0, b"hello".ljust(512))
         data = disk.read(0, 1)
@@ -23,6 +23,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from dmakit.block.request import Request
 from dmakit.errors import DmakitError, MisuseError
 from dmakit.nvme.batch import BatchQueue
 from dmakit.nvme.buffers import DmaBuffer
@@ -81,11 +82,11 @@ class Controller:
             raise MisuseError(f"depth={depth}: at least one command")
         made: Host
         if where == "soft":
-            made = SoftHost(cpus=queues, **host)
+            made = SoftHost(**host)
         else:
             from dmakit.nvme.vfio import VfioHost
 
-            made = VfioHost(where, vectors=queues + 1, cpus=queues, **host)
+            made = VfioHost(where, vectors=queues + 1, **host)
         return cls(
             made,
             queues=queues,
@@ -153,7 +154,7 @@ class Controller:
             while operation.next < len(operation.requests):
                 request = operation.requests[operation.next]
                 driver.started()
-                if not driver.room(request.cpu):
+                if not driver.room(request):
                     return False
                 operation.next += 1
                 try:
@@ -186,10 +187,12 @@ class Controller:
             raise
         operation.check()
 
-    def next_cpu(self) -> int:
-        """The queue of the next operation: one after the other."""
+    def spread(self, requests: list[Request]) -> list[Request]:
+        """Give the requests of one operation to a queue: one queue after the other."""
         self._turned = (self._turned + 1) % max(len(self.driver.shared), 1)
-        return self._turned
+        for request in requests:
+            request.tag = self._turned
+        return requests
 
     def batch(self, nsid: int) -> BatchQueue:
         """A queue pair for arrays of commands on registered memory; takes one of ``queues`` away from requests."""

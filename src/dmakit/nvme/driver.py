@@ -277,7 +277,7 @@ class NvmeDriver:
         """Issue parked requests again, as far as there is room."""
         while self.parked:
             flight = self.parked[0]
-            pair = self.pair_for(flight.iod.request.cpu)
+            pair = self.pair_for(flight.iod.request)
             if not pair.room:
                 return
             self._push(pair, self.parked.pop(0))
@@ -302,14 +302,14 @@ class NvmeDriver:
             bio.add(phys, length)
         return split(bio, self.limits if nsid is None else self.limits_of(nsid), cpu=cpu)
 
-    def pair_for(self, cpu: int) -> QueuePair:
-        """The queue pair of a CPU."""
+    def pair_for(self, request: Request) -> QueuePair:
+        """The queue pair of a request: its ``tag`` says which, else its CPU."""
         shared = self.shared
-        return shared[cpu % len(shared)]
+        return shared[(request.tag if request.tag >= 0 else request.cpu) % len(shared)]
 
-    def room(self, cpu: int = 0) -> bool:
-        """Whether a request of this CPU can be submitted now."""
-        return not self.parked and self.pair_for(cpu).room > 0
+    def room(self, request: Request) -> bool:
+        """Whether a request can be submitted now."""
+        return not self.parked and self.pair_for(request).room > 0
 
     @property
     def in_flight(self) -> int:
@@ -321,7 +321,7 @@ class NvmeDriver:
     ) -> Iod:
         """Map and queue a request. Raises, with nothing left behind, when it cannot be mapped or queued."""
         self.started()
-        pair = self.pair_for(request.cpu)
+        pair = self.pair_for(request)
         space = self.space(nsid)
         with self.costs.phase("submission") if self.record else nullcontext():
             iod = self.mapper.map(request)
@@ -357,7 +357,7 @@ class NvmeDriver:
         if self.dead is None:
             self.started()
         finished, self.ended = self.ended, []
-        for pair in self.shared if cpu is None else [self.pair_for(cpu)]:
+        for pair in self.shared if cpu is None else [self.shared[cpu % len(self.shared)]]:
             for entry, flight in pair.take():
                 assert isinstance(flight, Flight)
                 finished.append(self._finish(flight, entry.status, cpu))
@@ -388,7 +388,7 @@ class NvmeDriver:
         """
         finished: list[Done] = []
         for request in requests:
-            while not self.room(request.cpu):
+            while not self.room(request):
                 finished += self.progress()
             self.submit(request, nsid=nsid, opcode=opcode)
         return finished + self.drain()

@@ -26,6 +26,7 @@ from dmakit.nvme.controller import Controller
 
 PAGE = 4096
 MAX_IO = 512 << 10
+_CHUNK = 2 << 20  # the arena is made of such buffers
 _FILLER = 0xA5
 Progress = Callable[[str, int, int], None]
 Pieces = list[tuple[int, int]]  # (offset in the arena, length)
@@ -73,7 +74,7 @@ class Verified:
 
 
 class Verifier:
-    """One run; see the head of the module. ``total`` bytes from block ``first``, ``depth`` requests in flight at most."""
+    """One run; see the head of the module. ``total`` bytes from block ``first``, up to ``depth`` extents in flight."""
 
     def __init__(
         self,
@@ -101,8 +102,9 @@ class Verifier:
         self.extents = self._divide(first, blocks)
         self.sgl = self.driver.use_sgl and bool(controller.facts.sgls & 3)
         pages = depth * (self.largest * size // PAGE + 2)
-        self.arena: DmaBuffer = controller.buffer(min(pages, 16384) * PAGE)
-        self.idle = list(range(self.arena.size // PAGE))
+        pages = max(_CHUNK // PAGE, min(pages, 64 * _CHUNK // PAGE))
+        self.arena: list[DmaBuffer] = [controller.buffer(_CHUNK) for _ in range(-(-pages * PAGE // _CHUNK))]
+        self.idle = list(range(len(self.arena) * _CHUNK // PAGE))
         self.report = Verified(controller.name, nsid, self.driver.strategy, self.sgl, seed, first)
         self.report.extents = len(self.extents)
 
@@ -127,7 +129,7 @@ class Verifier:
         shuffle = self.random.random
         grain = self.space.block_size if self.space.block_size < PAGE else PAGE
         pieces: Pieces = []
-        gaps = self.sgl and self.driver.strategy != "premap" and shuffle() < 0.2 and size <= 64 * grain
+        gaps = self.sgl and shuffle() < 0.2 and size <= 64 * grain
         offset = self.random.randrange(0, PAGE, 512) if shuffle() < 0.5 else 0
         left = size
         while left:
@@ -138,6 +140,10 @@ class Verifier:
             pieces.append((page * PAGE + start, take))
             left -= take
         return pieces
+
+    def _view(self, offset: int, length: int) -> memoryview:
+        """Part of a page of the arena."""
+        return self.arena[offset // _CHUNK].view[offset % _CHUNK : offset % _CHUNK + length]
 
     def _take_page(self) -> int:
         at = self.random.randrange(len(self.idle))
@@ -163,8 +169,9 @@ class Verifier:
             self.report.resets = self.driver.recovery.resets
             return self.report
         finally:
-            if not self.arena.busy and not self.driver.in_flight:
-                self.arena.free()
+            if not self.driver.in_flight:
+                for buffer in self.arena:
+                    buffer.free()
 
     def _pass(self, op: Op) -> None:
         order = list(self.extents)
@@ -188,16 +195,15 @@ class Verifier:
         content = self.data(lba, blocks) if op == Op.WRITE else bytes([_FILLER]) * size
         at = 0
         for offset, length in pieces:
-            self.arena.view[offset : offset + length] = content[at : at + length]
+            self._view(offset, length)[:] = content[at : at + length]
             at += length
-        memory = [(phys, n) for offset, length in pieces for phys, n in self.arena.pieces(offset, length)]
-        cpu = self.controller.next_cpu()
-        requests = self.driver.requests(op, lba, memory, cpu=cpu, nsid=self.space.nsid)
+        memory = [part for o, n in pieces for part in self.arena[o // _CHUNK].pieces(o % _CHUNK, n)]
+        requests = self.controller.spread(self.driver.requests(op, lba, memory, nsid=self.space.nsid))
         extent = _Out(lba, blocks, pieces, len(requests))
         out[lba] = extent
         for request in requests:
             request.context = extent
-            while not self.driver.room(request.cpu):
+            while not self.driver.room(request):
                 self._take(self.driver.progress())
             iod = self.driver.submit(request, nsid=self.space.nsid)
             self.report.commands += 1
@@ -230,7 +236,7 @@ class Verifier:
         elif op == Op.WRITE:
             self.report.bytes_written += size
         else:
-            found = b"".join(bytes(self.arena.view[offset : offset + n]) for offset, n in extent.pieces)
+            found = b"".join(bytes(self._view(offset, n)) for offset, n in extent.pieces)
             self._compare(extent, found)
             self.report.bytes_compared += size
         self._put_back(extent.pieces)

@@ -51,9 +51,8 @@ class NamespaceBase:
         self._range(lba, self._count(size))
         if self.facts.metadata_size:
             raise UnsupportedError(f"namespace {self.nsid} has {self.facts.metadata_size} bytes of metadata a block")
-        driver, cpu = self.controller.driver, self.controller.next_cpu()
-        requests = driver.requests(op, lba, buffer.pieces(offset, size), cpu=cpu, nsid=self.nsid)
-        return Operation(f"{what} at block {lba}", self.nsid, requests, buffer, opcode)
+        requests = self.controller.driver.requests(op, lba, buffer.pieces(offset, size), nsid=self.nsid)
+        return Operation(f"{what} at block {lba}", self.nsid, self.controller.spread(requests), buffer, opcode)
 
     def _staged(
         self, what: str, op: Op, lba: int, size: int, data: Data = None, opcode: int | None = None
@@ -93,19 +92,18 @@ class NamespaceBase:
         return operation
 
     def _simple(self, what: str, requests: list[Request]) -> Operation:
-        return Operation(what, self.nsid, requests, None)
+        return Operation(what, self.nsid, self.controller.spread(requests), None)
 
     def _flush(self) -> Operation:
-        return self._simple("flush", [Request(Op.FLUSH, cpu=self.controller.next_cpu())])
+        return self._simple("flush", [Request(Op.FLUSH)])
 
     def _zeroes(self, lba: int, blocks: int) -> Operation:
         self._range(lba, blocks)
         if not self.controller.facts.write_zeroes:
             raise UnsupportedError("this controller has no Write Zeroes (ONCS bit 3)")
-        cpu = self.controller.next_cpu()
         pieces = [(at, min(MAX_BLOCKS, lba + blocks - at)) for at in range(lba, lba + blocks, MAX_BLOCKS)]
         shift = self._shift
-        requests = [Request(Op.WRITE_ZEROES, ranges=[(at << shift, n << shift)], cpu=cpu) for at, n in pieces]
+        requests = [Request(Op.WRITE_ZEROES, ranges=[(at << shift, n << shift)]) for at, n in pieces]
         return self._simple(f"write zeroes at block {lba}", requests)
 
     def _deallocate(self, ranges: Iterable[tuple[int, int]]) -> Operation:
@@ -117,9 +115,8 @@ class NamespaceBase:
         for lba, blocks in wanted:
             self._range(lba, blocks)
         sectors = [(lba << self._shift, blocks << self._shift) for lba, blocks in wanted]
-        cpu = self.controller.next_cpu()
         parts = [sectors[at : at + DSM_MAX_RANGES] for at in range(0, len(sectors), DSM_MAX_RANGES)]
-        return self._simple("deallocate", [Request(Op.DISCARD, ranges=part, cpu=cpu) for part in parts])
+        return self._simple("deallocate", [Request(Op.DISCARD, ranges=part) for part in parts])
 
     def _compare(self, lba: int, data: Data, offset: int, size: int | None) -> Operation:
         if not self.controller.facts.compare:

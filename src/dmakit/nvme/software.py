@@ -24,8 +24,13 @@ _ORDER = 10  # the largest block of the page allocator: 4 MiB
 class Host(Protocol):
     """Where a controller lives."""
 
-    transport: Transport
-    name: str
+    @property
+    def transport(self) -> Transport:
+        """The way to it."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
 
     def memory(self, size: int) -> tuple[HostMemory, memoryview]:
         """Memory for I/O and a flat view of it; ExhaustedError when there is none."""
@@ -43,10 +48,9 @@ class SoftHost:
         machine: Machine | None = None,
         namespaces: list[Namespace] | None = None,
         build: Callable[..., ControllerModel] = ControllerModel,
-        cpus: int = 1,
         **model: Any,
     ) -> None:
-        self.machine = machine if machine is not None else Machine(ram="512M", cpus=cpus)
+        self.machine = machine if machine is not None else Machine(ram="512M")
         self.device = self.machine.device(f"nvme{len(self.machine.devices)}")
         spaces = namespaces if namespaces is not None else [Namespace(1, BLOCKS)]
         self.model = build(self.device.port, spaces, **model)

@@ -121,10 +121,9 @@ class VfioHost:
         backend: str = "auto",
         ram: int | str = "256M",
         machine: Machine | None = None,
-        cpus: int = 1,
     ) -> None:
         self._own = machine is None
-        self.machine = Machine(backend=backend, ram=ram, cpus=cpus) if machine is None else machine
+        self.machine = Machine(backend=backend, ram=ram) if machine is None else machine
         self.name = bdf
         try:
             self.device = self.machine.open(bdf)
@@ -147,7 +146,7 @@ class VfioHost:
         """Contiguous memory of the machine."""
         if size <= 0:
             raise MisuseError(f"size={size}: must be above 0")
-        order = min((-(-size // PAGE_SIZE) - 1).bit_length(), 9)
+        order = min((-(-size // PAGE_SIZE) - 1).bit_length(), 10)
         buffer = self.machine.buffer(size, order=order)
         if len(buffer.ranges) != 1:
             buffer.release()

@@ -70,6 +70,7 @@ class FakeDevice:
     def _configure(self) -> None:
         config = self.regions[7].bytes
         config[0:8] = struct.pack("=HHHH", *self.ids, 0, 0x10)
+        config[8:12] = struct.pack("=I", self.class_code << 8)
         config[0x34] = 0x40
         config[0x40:0x44] = bytes((1, 0x50, 0, 0))
         config[0x50:0x54] = bytes((5, 0, 0, 0))
@@ -228,11 +229,12 @@ class FakeNvme(FakeDevice):
 
     def __init__(
         self, bdf: str = "0000:00:04.0", group: int = 4, *, namespaces: Iterable[Namespace] | None = None,
-        auto: bool = True, queues: int = 8, **options: object,
+        auto: bool = True, queues: int = 8,
+        build: Callable[..., ControllerModel] = ControllerModel, **options: object,
     ) -> None:  # fmt: skip
         super().__init__(bdf, group, ids=(0x1B36, 0x0010), class_code=0x010802, vectors={0: 1, 1: 32, 2: queues + 1})
         spaces = [Namespace(1, 8192)] if namespaces is None else list(namespaces)
-        self.controller = ControllerModel(_Port(self), spaces, queues=queues, **options)  # type: ignore[arg-type]
+        self.controller = build(_Port(self), spaces, queues=queues, **options)
         self.controller.on_interrupt = self.trigger
         self.auto = auto
         self.regions[0] = FakeRegion(0x4000, self._read, self._write)
