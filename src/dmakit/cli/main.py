@@ -24,6 +24,7 @@ VERBS = {
     "record": "record what this kernel does for DMA mapping while a command runs",
     "nvme": "drive an NVMe controller: list, identify, read, write, verify every byte, measure",
     "bench": "measure this code against the limits of this machine",
+    "vfio": "list PCI devices and their IOMMU groups; bind one to VFIO or give it back",
     "doctor": "show which core runs and why, and what this host can do: IOMMU, VFIO, tracing, …",
     "test": "run the test-suite of a checkout, interpreted and compiled",
     "vm": "build, boot and use the test VM of a checkout",

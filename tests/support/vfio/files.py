@@ -131,7 +131,7 @@ class IommuFile(File):
         space.add(Area(iova, length, (1 if flags & 4 else 0) | (2 if flags & 2 else 0), pages, 0))
 
     def iommu_ioas_map(self, f: Any, _: Any) -> None:
-        if f.__reserved:
+        if vars(f)["__reserved"]:
             raise refuse(errno.EOPNOTSUPP)
         self._map(f.ioas_id, f.flags, f.iova, f.length, Pages(f.user_va, f.length, self.host.account))
 

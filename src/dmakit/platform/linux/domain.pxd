@@ -7,6 +7,7 @@ cdef class HostDomain(Domain):
     cdef readonly object source
     cdef readonly ShadowMap shadow
     cdef readonly list ranges
+    cdef bint interrupted
     cdef int _map(self, unsigned long long iova, unsigned long long phys, unsigned long long size, int prot,
                   int cpu=*) noexcept nogil
     cdef int _sync_map(self, unsigned long long iova, unsigned long long size, int cpu=*) noexcept nogil
@@ -22,3 +23,5 @@ cdef class HostDomain(Domain):
     cdef void _note(self, str name, unsigned long long first, unsigned long long second) noexcept with gil
     cdef void _note_unmap(self, unsigned long long iova, unsigned long long size,
                           unsigned long long removed) noexcept with gil
+
+cdef unsigned long long _TOP

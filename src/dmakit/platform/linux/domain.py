@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+from dataclasses import replace
 from typing import Any, SupportsIndex
 
 import cython
@@ -73,6 +74,8 @@ else:
     from dmakit.ledger import Ledger
     from dmakit.platform.linux.shadow import ShadowMap
 
+_TOP = (1 << 64) - 1
+
 # What happens inside the host's IOMMU driver cannot be seen from here.
 UNOBSERVED = frozenset(
     row.name
@@ -104,6 +107,7 @@ class HostDomain(Domain):
         self.source = source
         self.shadow = ShadowMap()
         self.ranges: list[tuple[int, int]] = []
+        self.interrupted = False
 
     @property
     def mappings(self) -> int:
@@ -120,6 +124,7 @@ class HostDomain(Domain):
                 gaps.append((at, first - at))
             at = last + 1
         self.aperture_end = max(at - 1, 0)
+        self.capabilities = replace(self.capabilities, dirty=bool(self.backend.dirty))
         self.reserved = tuple(gaps)
         return self.ranges
 
@@ -219,7 +224,7 @@ class HostDomain(Domain):
             return self._refuse(EINVAL)
         if (iova | phys | size) & PAGE_MASK_LOW:
             return self._refuse(ENXIO)
-        if iova + (size - 1) < iova or phys + (size - 1) < phys:
+        if size - 1 > _TOP - iova or size - 1 > _TOP - phys:
             return self._refuse(EOVERFLOW)
         if self.shadow._overlap(iova, size) != iova + size:
             return self._refuse(EADDRINUSE)
@@ -257,6 +262,7 @@ class HostDomain(Domain):
             self._take_back(iova, done)
         if self.events is not None:
             self.events.append(("map", int(iova), int(phys), int(size) if error == 0 else int(done)))
+        self._deliver()
         return error
 
     def _allowed(self, iova: int, size: int) -> bool:
@@ -265,10 +271,16 @@ class HostDomain(Domain):
     def _put_off(self, stop: object) -> cython.int:
         """What is neither ours nor the host's: Ctrl-C comes back when the call is over, a defect is kept to be seen."""
         if isinstance(stop, KeyboardInterrupt):
-            _thread.interrupt_main()
+            self.interrupted = True
         else:
             self.failure = MisuseError(f"{type(stop).__name__} in a host mapping: {stop}", EIO)
         return -EIO
+
+    def _deliver(self) -> None:
+        """The Ctrl-C that was put off, now that kernel and shadow agree."""
+        if self.interrupted:
+            self.interrupted = False
+            _thread.interrupt_main()
 
     def _take_back(self, iova: cython.ulonglong, size: cython.ulonglong) -> cython.ulonglong:
         """Unmap whole mappings one behind the other; the bytes removed, 0 when the kernel refused."""
@@ -282,6 +294,7 @@ class HostDomain(Domain):
             self._put_off(stop)
             self._unmap_unnoted(int(iova), int(size))
         self.shadow._remove(iova, size)
+        self._deliver()
         return size
 
     def _unmap_unnoted(self, iova: int, size: int) -> None:

@@ -28,7 +28,7 @@ from dmakit.consts import PAGE_SIZE, PROT_READ, PROT_WRITE
 from dmakit.errors import DmakitError, HostError, MisuseError, UnsupportedError
 from dmakit.platform.linux import dirty, uapi
 from dmakit.platform.linux.kernel import Kernel, address_of
-from dmakit.platform.linux.limits import PinLedger
+from dmakit.platform.linux.limits import PinLedger, Pins
 from dmakit.platform.linux.space import HUGE_PAGE, MemoryObject, Piece
 from dmakit.platform.linux.type1 import drop_range
 from dmakit.platform.linux.uapi import LAYOUTS
@@ -127,7 +127,7 @@ class Staging:
 
     def __init__(self, iommufd: Iommufd, device: int, pins: PinLedger, aperture_end: int) -> None:
         self.iommufd = iommufd
-        self.pins = pins
+        self.pins = Pins(pins)
         self.aperture_end = aperture_end
         self.ioas = iommufd.new_ioas()
         self.chunks: dict[int, int] = {}
@@ -159,16 +159,15 @@ class Staging:
     def forget(self, memory: MemoryObject) -> None:
         """Unpin the chunks of an object that leaves the space."""
         for start in [at for at in self.chunks if memory.start <= at < memory.end]:
-            with contextlib.suppress(DmakitError):
-                self.iommufd.unmap(self.ioas, start, self.chunks[start])
-            self.pins.drop(self.chunks.pop(start))
+            self.iommufd.unmap(self.ioas, start, self.chunks[start])
+            self.pins.add(-self.chunks.pop(start))
 
     def close(self) -> None:
         """Unpin everything."""
         self.iommufd.destroy(self.table)
         self.iommufd.destroy(self.ioas)
-        self.pins.drop(sum(self.chunks.values()))
         self.chunks.clear()
+        self.pins.close()
 
 
 class Ioas:
@@ -181,7 +180,7 @@ class Ioas:
 
     def __init__(self, iommufd: Iommufd, pins: PinLedger, staging: Callable[[], Staging | None]) -> None:
         self.iommufd = iommufd
-        self.pins = pins
+        self.pins = Pins(pins)
         self.staging = staging
         self.number = iommufd.new_ioas()
         self.table = 0
@@ -240,7 +239,7 @@ class Ioas:
         """Take away whole mappings; the bytes removed."""
         removed = self.iommufd.unmap(self.number, iova, size)
         peers = drop_range(self.peers, iova, size)
-        self.pins.drop(drop_range(self.unstaged, iova, size) if self.staging() else removed - peers)
+        self.pins.add(-drop_range(self.unstaged, iova, size) if self.staging() else peers - removed)
         return removed
 
     def set_dirty(self, on: bool) -> None:
@@ -270,3 +269,4 @@ class Ioas:
         if self.table:
             self.iommufd.destroy(self.table)
         self.iommufd.destroy(self.number)
+        self.pins.close()

@@ -14,7 +14,7 @@ from dmakit.platform.linux.kernel import Kernel
 
 
 class PinLedger:
-    """Bytes that one machine has pinned through one kernel interface, and the limit that applies."""
+    """Bytes that one machine has pinned, and the limit that applies."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.limit = kernel.memlock()
@@ -32,10 +32,20 @@ class PinLedger:
             errno.ENOMEM,
         )
 
-    def add(self, size: int) -> None:
-        """``size`` bytes more are pinned."""
-        self.pinned += size
 
-    def drop(self, size: int) -> None:
-        """``size`` bytes are pinned no more."""
-        self.pinned -= size
+class Pins:
+    """What one address space has pinned: its share of the machine's ledger, given back as a whole at its end."""
+
+    def __init__(self, ledger: PinLedger) -> None:
+        self.ledger = ledger
+        self.check = ledger.check
+        self.own = 0
+
+    def add(self, size: int) -> None:
+        """``size`` bytes more are pinned (negative: fewer)."""
+        self.own += size
+        self.ledger.pinned += size
+
+    def close(self) -> None:
+        """The address space is gone, and every pin with it."""
+        self.add(-self.own)

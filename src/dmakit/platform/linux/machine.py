@@ -365,7 +365,8 @@ class Machine:
         for device in reversed(self.vfio_devices[:]):
             device.close()
         for user in self.users[:]:
-            user.release()
+            with contextlib.suppress(DmakitError):
+                user.release()
         if self.staging is not None:
             self.staging.close()
         if self.iommufd is not None:

@@ -21,7 +21,7 @@ from dmakit.consts import PAGE_SIZE, PROT_READ, PROT_WRITE
 from dmakit.errors import ExhaustedError, MisuseError, UnsupportedError
 from dmakit.platform.linux import dirty, uapi
 from dmakit.platform.linux.kernel import Kernel, address_of, host_error
-from dmakit.platform.linux.limits import PinLedger
+from dmakit.platform.linux.limits import PinLedger, Pins
 from dmakit.platform.linux.space import Piece
 from dmakit.platform.linux.uapi import LAYOUTS
 
@@ -39,7 +39,7 @@ class Type1Container:
 
     def __init__(self, kernel: Kernel, pins: PinLedger) -> None:
         self.kernel = kernel
-        self.pins = pins
+        self.pins = Pins(pins)
         self.fd = kernel.open(CONTAINER)
         self.groups: dict[int, int] = {}
         self.left: int | None = None
@@ -142,7 +142,7 @@ class Type1Container:
         data = layout.pack(iova=iova, size=size)
         self.kernel.ioctl(self.fd, "VFIO_IOMMU_UNMAP_DMA", data)
         removed = int(layout.unpack(data).size)
-        self.pins.drop(removed - drop_range(self.peers, iova, size))
+        self.pins.add(drop_range(self.peers, iova, size) - removed)
         return removed
 
     # Dirty pages ---------------------------------------------------------------------------------------------
@@ -172,6 +172,7 @@ class Type1Container:
         for group in self.groups.values():
             self.kernel.close(group)
         self.kernel.close(self.fd)
+        self.pins.close()
 
 
 def drop_range(noted: dict[int, int], iova: int, size: int) -> int:

@@ -57,9 +57,9 @@ class UserBuffer(Buffer):
             for iova, phys, size in space.domain.held():
                 if phys < self.object.end and self.object.start < phys + size:
                     raise MisuseError(f"release: the memory is mapped at {iova:#x}: unmap it first", 16)
-        self.live = False
         if self.machine.staging is not None:
             self.machine.staging.forget(self.object)
+        self.live = False
         self.machine.space.remove(self.object)
         self.machine.users.remove(self)
 

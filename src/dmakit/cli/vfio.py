@@ -1,0 +1,81 @@
+"""``dmakit vfio list|bind|unbind``: which PCI devices this host has, and whose they are.
+
+``list`` only reads. ``bind`` takes a device from its driver for VFIO and says which driver that was; ``unbind`` gives
+it back. Both need root. Exit status 2, one line, when a device is in use or something is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+HELP = "list PCI devices and their IOMMU groups; bind one to VFIO or give it back"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    shown = actions.add_parser("list", help="every PCI device: class, ids, driver, group, and what hangs on it")
+    shown.add_argument("--json", metavar="PATH|-", help="write the list as JSON to a file, or - for standard output")
+    for name, text in (
+        ("bind", "take a device from its driver and give it to vfio-pci; refused while it is in use"),
+        ("unbind", "give a device back to the driver that bind took it from"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("bdf", metavar="BDF", help="PCI address, as in 0000:01:00.0")
+
+
+def run(args: argparse.Namespace) -> int:
+    """List, bind or unbind."""
+    from dmakit.platform.linux import binding, pci
+    from dmakit.platform.linux.kernel import Kernel
+
+    kernel = Kernel()
+    if args.action == "list":
+        return show(kernel, args.json)
+    change = binding.bind if args.action == "bind" else binding.unbind
+    before = pci.find(kernel, args.bdf)
+    after = change(kernel, args.bdf)
+    if before.driver == after.driver:
+        print(f"{after.bdf}: bound to {after.driver or 'no driver'} already")
+    else:
+        print(f"{after.bdf}: {before.driver or 'no driver'} -> {after.driver or 'no driver'}")
+    return 0
+
+
+def facts(kernel: Any) -> list[dict[str, Any]]:
+    """Every device with its uses and with what keeps its group from being given out."""
+    from dmakit.platform.linux import binding, pci
+
+    found = pci.scan(kernel)
+    return [
+        {
+            **device.as_json(),
+            "uses": binding.uses(kernel, device.bdf),
+            "group_held_by": [other.bdf for other in pci.strangers(kernel, device)],
+        }
+        for device in found
+    ]
+
+
+def show(kernel: Any, where: str | None) -> int:
+    """The table for the eye, or JSON."""
+    from dmakit.cli.output import check_json, write_json
+
+    check_json(where)
+    rows = facts(kernel)
+    if where != "-":
+        print(f"{'device':<13} {'class':<13} {'ids':<10} {'group':>5} {'driver':<12} notes")
+    for row in rows if where != "-" else ():
+        notes = [*row["uses"]]
+        if row["group_held_by"]:
+            notes.append(f"group shared with {', '.join(row['group_held_by'])}")
+        ids = f"{row['vendor']:04x}:{row['device']:04x}"
+        group = "-" if row["group"] is None else row["group"]
+        line = f"{row['bdf']:<13} {row['kind']:<13} {ids:<10} {group:>5} {row['driver'] or '-':<12} {'; '.join(notes)}"
+        print(line.rstrip())
+    if where is not None:
+        write_json(rows, where)
+    if where != "-" and rows and all(row["group"] is None for row in rows):
+        print("no device is behind an IOMMU: enable it in the firmware, or boot with intel_iommu=on (Intel)")
+    return 0
