@@ -349,7 +349,7 @@ ROWS: list[tuple[Probe, dict[str, str], int, Finding]] = [
     ),
     (
         host.tracefs,
-        {"sys/kernel/tracing/README": "\tf[:[<group>/][<event>]] <func-name>[%return]\n place (kprobe): x\n"},
+        {"sys/kernel/tracing/README": "\tf[:[<group>/][<event>]] <func-name>[%return]\n place (kretprobe): x\n"},
         0,
         Finding("tracefs", YES, "/sys/kernel/tracing, fprobe and kprobe events"),
     ),

@@ -20,7 +20,7 @@ LEGEND = (
     "# tracer: nop\n#\n# entries-in-buffer/entries-written: 0/0   #P:{cpus}\n#\n"
     "#           TASK-PID     CPU#  |||||  TIMESTAMP  FUNCTION\n#              | |         |   |||||     |         |\n"
 )
-MANUALS = {"f": "\t   f[:[<group>/][<event>]] <func-name>[%return] [<args>]\n", "p": "   place (kprobe): <symbol>\n"}
+MANUALS = {"f": "\t   f[:[<group>/][<event>]] <func-name>[%return] [<args>]\n", "p": "   place (kretprobe): <symbol>\n"}
 DEFINITION = re.compile(r"(f|p|r\d*):(\w+)/(\w+) (\w+)(%return)? ")
 
 
@@ -119,6 +119,11 @@ class FakeTracefs:
         self.profile: dict[str, int] = {}
         self.stamp = 0
 
+    @property
+    def boot(self) -> tuple[str, ...]:
+        """The probes of the kernel's command line."""
+        return () if self.top_trace is None else ("p:kp/init init_iova_domain iovad=$arg1", "r10:kp/afr x pfn=$retval")
+
     # The kernel at work ---------------------------------------------------------------------------------------------
 
     def emit(self, cpu: int, event: str, *, line: str = "") -> None:
@@ -166,7 +171,7 @@ class FakeTracefs:
             return instance.files[rest]
         return {
             "README": lambda: "tracing mini-HOWTO:\n" + "".join(MANUALS[kind] for kind in self.kinds),
-            "dynamic_events": lambda: "".join(f"{text}\n" for text in self.dynamic.values()),
+            "dynamic_events": lambda: "".join(f"{text}\n" for text in (*self.boot, *self.dynamic.values())),
             "error_log": lambda: self.errors,
             "trace": lambda: "".join(self.top_trace or ()),
             "kprobe_profile": lambda: "".join(f"  {name} {7} {count}\n" for name, count in self.profile.items()),
@@ -178,6 +183,9 @@ class FakeTracefs:
             self._define(text.rstrip("\n"))
         elif path == "trace_marker":
             assert self.top_trace is not None
+            for instance in self.instances.values():
+                if instance.files["options/copy_trace_marker"] == "1" and instance.files["tracing_on"] != "1":
+                    raise refuse(errno.EBADF)
             self.top_trace.append(f"  dmakit-1   [000] .....  9.0: tracing_mark_write: {text}")
         else:
             instance, rest = self._inside(path)
@@ -187,6 +195,8 @@ class FakeTracefs:
                 self._enable(instance, rest[7:-7].strip("/"), text.strip())
             elif rest in instance.files:
                 instance.files[rest] = text.strip()
+                copied = instance.files["options/copy_trace_marker"] == "1"
+                assert not copied or instance.files["tracing_on"] == "1", "everybody's marks would be refused"
             else:
                 raise refuse(errno.ENOENT)
 
@@ -236,8 +246,6 @@ class FakeTracefs:
         self.ask()
         if path == "dynamic_events":
             return bool(self.kinds)
-        if path == "events/kp/init":
-            return self.top_trace is not None
         if path == "kprobe_profile":
             return "p" in self.kinds
         instance, rest = self._inside(path)

@@ -337,7 +337,7 @@ def tracefs(host: Host) -> Finding:
         return Finding("tracefs", NO, "not mounted, or only root may use it", f"sudo {remedy}")
     manual = host.text(f"{place}/README")
     kinds = [
-        name for name, words in (("fprobe", "<func-name>[%return]"), ("kprobe", "place (kprobe)")) if words in manual
+        name for name, words in (("fprobe", "<func-name>[%return]"), ("kprobe", "place (kretprobe)")) if words in manual
     ]
     if kinds:
         return Finding("tracefs", YES, f"/{place}, {' and '.join(kinds)} events")

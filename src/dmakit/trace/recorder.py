@@ -27,7 +27,7 @@ from dmakit.trace.events import EVENTS, NEEDS, missing_events
 from dmakit.trace.loss import Account, Marker
 from dmakit.trace.probes import ALLOCATOR, INVALIDATION, MAPPING, STATIC, STATIC_CALLS, Probe
 from dmakit.trace.recording import check_output, head, new_file, tail
-from dmakit.trace.session import Refusal, Session
+from dmakit.trace.session import OVERWRITE, Refusal, Session
 from dmakit.trace.tracefs import Tracefs
 from dmakit.trace.workload_run import Signals, Workload
 from dmakit.units import KIB, MIB
@@ -44,7 +44,7 @@ _SHARE = 4  # of the free memory that all buffers together take by default
 _STEP = 0.05  # seconds between two looks at the workload
 _PIECE = 1 << 16
 _MARKER = "DMAKIT_TRACE_MARKER"
-_BOOT_GROUP = "kp"
+BOOT_PROBE = ("p", "kp", "init")
 
 Progress = Callable[[str, float], None]
 
@@ -147,8 +147,7 @@ class Recorder:
         order = self.order
         self.notes += [f"removed what an earlier recording left: {name}" for name in session.swept]
         session.write("trace_clock", order.clock)
-        session.option("overwrite", order.stream)
-        session.option("copy_trace_marker", True)
+        session.option(OVERWRITE, order.stream)
         session.write("buffer_size_kb", str((order.buffer or self._default_buffer(session)) // KIB))
         probes, static = SETS[order.events]
         session.enable(static, device=order.device)
@@ -169,7 +168,7 @@ class Recorder:
 
     def _mark_boot(self, session: Session) -> str:
         """Mark, in the top-level trace, where our own buffer takes over; empty when no boot-time probes write there."""
-        if not session.top("look for boot-time probes", lambda fs: fs.exists(f"events/{_BOOT_GROUP}/init")):
+        if BOOT_PROBE not in session.dynamic():
             return ""
         mark = f"dmakit record {os.getpid()} {time.monotonic_ns()}"
         session.top("write trace_marker", lambda fs: fs.write("trace_marker", f"{mark}\n"))

@@ -28,8 +28,12 @@ PREFIX = "dmakit"
 _OURS = re.compile(rf"{PREFIX}\d+")
 _DEFINED = re.compile(r"^([a-z])\d*:(\w+)/(\w+) ", re.MULTILINE)
 _REASON = re.compile(r"error: (.*)\n\s+Command: (.*)")
-_MANUAL = {"f": "<func-name>[%return]", "p": "place (kprobe)"}
+_MANUAL = {"f": "<func-name>[%return]", "p": "place (kretprobe)"}
 NO_PROBES = "this kernel has neither fprobe nor kprobe events (CONFIG_FPROBE_EVENTS, CONFIG_KPROBE_EVENTS)"
+#: Marks of the top-level trace are copied into an instance with this option: and while that instance is switched off,
+#: every such write fails with EBADF. So it is on only while we record.
+COPY_MARKS = "options/copy_trace_marker"
+OVERWRITE = "options/overwrite"
 _TRIES = 5
 _PAUSE = 0.02  # seconds before a refused step is tried again
 Answer = TypeVar("Answer")
@@ -79,7 +83,7 @@ class Session:
         naming = self._do(lambda: self.fs.lock("instances", wait=True), "lock instances")
         try:
             self._sweep()
-            taken = {group for _, group, _ in self._dynamic()}
+            taken = {group for _, group, _ in self.dynamic()}
             taken.update(self._do(lambda: self.fs.names("instances"), "list instances"))
             name = next(f"{PREFIX}{n}" for n in range(len(taken) + 1) if f"{PREFIX}{n}" not in taken)
             self._do(lambda: self.fs.make(f"instances/{name}"), f"make instances/{name}")
@@ -94,7 +98,7 @@ class Session:
         """Remove what dead recordings left: their instances are not locked, or gone."""
         names = self._do(lambda: self.fs.names("instances"), "list instances")
         alive = {name for name in names if _OURS.fullmatch(name) and not self._swept(f"instances/{name}")}
-        for _, group, event in self._dynamic():
+        for _, group, event in self.dynamic():
             if _OURS.fullmatch(group) and group not in alive and self._gone(f"{group}/{event}"):
                 self.swept.append(f"{group}/{event}")
 
@@ -113,6 +117,8 @@ class Session:
         return True
 
     def _remove_instance(self, path: str) -> None:
+        if self.fs.exists(f"{path}/{COPY_MARKS}"):
+            self.fs.write(f"{path}/{COPY_MARKS}", "0")
         self.fs.write(f"{path}/tracing_on", "0")
         self.fs.write(f"{path}/events/enable", "0")
         self.fs.remove(path)
@@ -233,7 +239,7 @@ class Session:
         self.present += [name for name in names if name not in ("enable", "filter")]
         return True
 
-    def _dynamic(self) -> list[tuple[str, str, str]]:
+    def dynamic(self) -> list[tuple[str, str, str]]:
         """(kind, group, event) of every dynamic event."""
         if not self._do(lambda: self.fs.exists("dynamic_events"), "look for dynamic_events"):
             return []
@@ -259,17 +265,20 @@ class Session:
 
     def option(self, name: str, on: bool) -> bool:
         """Set an option of the instance where this kernel has it; whether it has."""
-        path = f"options/{name}"
-        if not self._do(lambda: self.fs.exists(self.path(path)), f"look for {path}"):
+        if not self._do(lambda: self.fs.exists(self.path(name)), f"look for {name}"):
             return False
-        self.write(path, "1" if on else "0")
+        self.write(name, "1" if on else "0")
         return True
 
     def switch(self, on: bool) -> None:
-        """Start or stop recording."""
+        """Start or stop recording; marks that others write to the top-level trace are recorded too."""
         if on:
             self._misses = self._profile()
-        self.write("tracing_on", "1" if on else "0")
+            self.write("tracing_on", "1")
+            self.option(COPY_MARKS, True)
+        else:
+            self.option(COPY_MARKS, False)
+            self.write("tracing_on", "0")
 
     @property
     def recording(self) -> bool:
