@@ -14,7 +14,8 @@ from dmakit.consts import PROT_READ, PROT_WRITE
 from dmakit.errors import DmakitError, ExhaustedError, MisuseError, UnsupportedError
 from dmakit.iommu.gather import Gather
 from tests.linux.worlds import BACKENDS, BOTH, EDU, FROM, NVME, PAGE, TO, host, machine, taken
-from tests.support.vfio.files import ContainerFile, IommuFile
+from tests.support.vfio.container import ContainerFile
+from tests.support.vfio.files import IommuFile
 
 RW = PROT_READ | PROT_WRITE
 BASE = 1 << 32

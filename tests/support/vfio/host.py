@@ -10,8 +10,10 @@ from typing import Any
 from dmakit.errors import HostError
 from dmakit.platform.linux.kernel import Kernel, host_error
 from dmakit.platform.linux.uapi import IOCTLS
+from tests.support.vfio.container import ContainerFile
 from tests.support.vfio.devices import FakeDevice
-from tests.support.vfio.files import ContainerFile, DeviceFile, File, GroupFile, IommuFile
+from tests.support.vfio.files import File, IommuFile
+from tests.support.vfio.opened import DeviceFile, GroupFile
 from tests.support.vfio.pages import Account
 
 VTD_RANGES = [(0, 0xFEDFFFFF), (0xFEF00000, (1 << 48) - 1)]
