@@ -173,12 +173,13 @@ class Swiotlb:
     ) -> cython.ulonglong:
         """Take slots for ``size`` bytes at ``phys`` and copy them in: the bounce address, or 0 without room.
 
-        ``limit``: the highest address the device reaches; only a transient pool has to be found below it.
+        ``limit``: the highest address the device reaches; only a transient pool has to be found below it. What lies
+        outside the memory cannot be copied and gets no slot.
         """
         tlb: cython.ulonglong = 0
         if self.events is not None:
             self._note_bounced(phys, size)
-        if not self.fail._hit():
+        if not self.fail._hit() and size <= self.memory.span and phys <= self.memory.span - size:
             tlb = self._claim(phys, size, alloc_align_mask, min_align_mask, boundary, limit, cpu)
         if tlb != 0:
             self.ledger.counts[L_BOUNCE_MAPS] += 1
