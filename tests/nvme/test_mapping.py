@@ -11,6 +11,7 @@ from dmakit.block.limits import QueueLimits
 from dmakit.block.request import Op, Request
 from dmakit.block.status import BlkStatus
 from dmakit.consts import L_BOOKKEEPING_BYTES, L_DESCRIPTORS, L_PASSES, P2P_MAP_BUS_ADDR, P2P_MAP_NOT_SUPPORTED
+from dmakit.dma.device import Device
 from dmakit.errors import MisuseError
 from dmakit.ledger import Ledger
 from dmakit.nvme.iod import FAST_PATHS, PATHS, Iod
@@ -19,6 +20,7 @@ from dmakit.nvme.pool import LARGE_BYTES, SMALL_BYTES, DescriptorPool, PlainSour
 from dmakit.nvme.prp import PrpWalker
 from dmakit.nvme.sgl import SglWalker
 from dmakit.nvme.spec import PSDT_PRP, PSDT_SGL_METABUF, PSDT_SGL_METASEG
+from dmakit.platform.soft import Machine
 from dmakit.reasons import Reason
 
 PAGES = [(at * 0x3000, 4096) for at in range(1, 33)]
@@ -335,3 +337,45 @@ def test_bad_options() -> None:
     many = Request(Op.READ, [(at << 13, 512) for at in range(1, 300)], limits=QueueLimits(max_segments=512))
     with pytest.raises(MisuseError, match=r"^request of 299 segments: an NVMe queue takes at most 256$"):
         Bench().mapper.map(many)
+
+
+class Foreign:
+    """A device of somebody else's making: the same calls, by their public names only."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.device, name)
+
+
+@pytest.mark.parametrize("options", [{}, {"trusted": False}, {"mask": (1 << 24) - 1}, {"identity": True}])
+@pytest.mark.parametrize("sgl", [False, True])
+def test_typed_calls_answer_and_count_as_the_public_ones(options: dict[str, object], sgl: bool) -> None:
+    """The mapper calls a ``Device`` of ours by its internals; a foreign one by the interface."""
+    seen = []
+    for hide in (False, True):
+        machine = Machine(ram="64M", swiotlb="1M", mode="strict", seed=3)
+        device = machine.device("nvme0", min_align_mask=4095, **options)
+        pages = sorted(machine.pages.alloc() for _ in range(64))
+        small, large = (DescriptorPool(PlainSource(n << 40), size, ledger=machine.ledger, fail=machine.fail)
+                        for n, size in ((1, SMALL_BYTES), (2, LARGE_BYTES)))  # fmt: skip
+        mapper = RequestMapper(
+            Foreign(device) if hide else device, small, large, ledger=machine.ledger, sgl_supported=sgl
+        )
+        answers = []
+        for n, pieces in enumerate((
+            [(pages[3] + 512, 1024)], [(pages[0], 4096)], [(page, 4096) for page in pages[::2]],
+            [(pages[1], 4096), (pages[5] + 512, 512), (pages[9], 4096)], [(pages[7], 4096), (pages[7] + 8192, 4096)],
+            [(1 << 50, 4096)], [(1 << 50, 4096), (1 << 51, 512), (1 << 52, 4096)],
+        )):  # fmt: skip
+            limits = QueueLimits(virt_boundary_mask=0)
+            request = Request(Op.READ if n % 2 else Op.WRITE, pieces, limits=limits)
+            iod = mapper.map(request)
+            answers.append((iod.status, iod.path_name, iod.reason, iod.low, iod.high, iod.entries, str(iod.error)))
+            if iod.status == 0:
+                mapper.unmap(iod)
+        seen.append((answers, machine.ledger.snapshot(), machine.live()))
+        machine.close()
+    assert seen[0] == seen[1]
+    assert {status for status, *_ in seen[0][0]} >= {0}

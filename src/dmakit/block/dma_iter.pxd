@@ -1,6 +1,9 @@
 from dmakit.block.request cimport Payload
 from dmakit.block.segments cimport SegmentIter
 from dmakit.dma.iova_state cimport IovaState
+from dmakit.dma.streaming cimport Streaming
+
+cdef Streaming typed_device(object device, int cpu)
 
 cdef class BlkDmaIter:
     cdef readonly unsigned long long addr
@@ -12,6 +15,7 @@ cdef class BlkDmaIter:
     cdef readonly object state
     cdef readonly object device
     cdef readonly object error
+    cdef Streaming own
     cdef readonly SegmentIter walk
     cdef readonly int direction
     cdef readonly int attrs

@@ -22,7 +22,7 @@ import cython
 
 from dmakit.block.device import MappingDevice, PeerMemory, Window
 from dmakit.block.status import BlkStatus, errno_to_blk_status
-from dmakit.dma.report import link_error
+from dmakit.dma.report import link_error, map_error
 from dmakit.errors import DmakitError, MisuseError
 from dmakit.reasons import Reason
 
@@ -37,6 +37,7 @@ if cython.compiled:
         P2P_MAP_THRU_HOST_BRIDGE,
     )
     from cython.cimports.dmakit.dma.iova_state import IovaState
+    from cython.cimports.dmakit.dma.streaming import Streaming
 else:
     from dmakit.block.request import Payload, Request
     from dmakit.block.segments import SegmentIter
@@ -48,6 +49,7 @@ else:
         P2P_MAP_THRU_HOST_BRIDGE,
     )
     from dmakit.dma.iova_state import IovaState
+    from dmakit.dma.streaming import Streaming
 
 GAP_RULE = "gap"
 VIRT_BOUNDARY_RULE = "virt-boundary"
@@ -75,6 +77,15 @@ def _without_window(device: MappingDevice) -> int:
     return int(Reason.IDENTITY_DOMAIN if device.identity else Reason.NO_IOMMU)
 
 
+def typed_device(device: MappingDevice, cpu: cython.int) -> Streaming | None:
+    """The device, when its typed internals may be called: one of ours, no checker watches, ``cpu`` exists."""
+    own: Streaming
+    if not isinstance(device, Streaming):
+        return None
+    own = device
+    return own if own.checker is None and 0 <= cpu < own.ledger.cpus else None
+
+
 @cython.cclass
 class BlkDmaIter:
     """``struct blk_dma_iter``: ``addr`` and ``len`` of the range just mapped, ``status`` when a call answered False.
@@ -88,6 +99,7 @@ class BlkDmaIter:
         self.walk = SegmentIter()
         self.state: Window | None = None
         self.device: MappingDevice | None = None
+        self.own: Streaming | None = None
         self.error: DmakitError | None = None
         self.status = int(BlkStatus.OK)
         self.reason = int(Reason.NONE)
@@ -122,6 +134,7 @@ class BlkDmaIter:
         self.bus_offset = 0
         self.direction = request.direction
         self.cpu = request.cpu
+        self.own = typed_device(device, self.cpu)
         payload._iterate(self.walk)
         if not self.walk._next():
             return False
@@ -221,6 +234,12 @@ class BlkDmaIter:
         """Give the segment under the walk its own address."""
         if self.map_type == P2P_MAP_BUS_ADDR:
             self.addr = self.walk.paddr + self.bus_offset
+        elif self.own is not None:
+            self.addr = self.own._map_phys(self.walk.paddr, self.walk.size, self.direction, self.attrs, self.cpu)
+            if self.addr == 0:
+                self.error = map_error(self.own, int(self.walk.paddr), int(self.walk.size), int(self.attrs))
+                self.status = int(BlkStatus.RESOURCE)
+                return False
         else:
             device = self.device
             assert device is not None, "start comes before next"

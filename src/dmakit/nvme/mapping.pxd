@@ -1,5 +1,6 @@
 from dmakit.block.dma_iter cimport BlkDmaIter
 from dmakit.block.request cimport Request
+from dmakit.dma.streaming cimport Streaming
 from dmakit.ledger cimport Ledger
 from dmakit.nvme.iod cimport Iod
 from dmakit.nvme.pool cimport DescriptorPool
@@ -26,6 +27,8 @@ cdef class RequestMapper:
     cdef int _save(self, Iod iod) except -1
     cdef int _write_sgl(self, Iod iod, Request request) except -1
     cdef int _end(self, Iod iod, int status, int reason) except -1
+    cdef int _unmap_one(
+        self, unsigned long long addr, unsigned long long length, int direction, int attrs, int cpu) except -1
     cdef int _fail(self, Iod iod, object error, int reason) except -1
     cdef int _unmap_data(self, Iod iod, int cpu) except -1
     cdef int _unmap_listed(self, Iod iod, int attrs, int cpu) except -1

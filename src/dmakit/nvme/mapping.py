@@ -24,6 +24,7 @@ from dmakit.block.device import MappingDevice, PeerMemory
 from dmakit.block.dma_iter import GAP_RULE, unmap
 from dmakit.block.limits import NVME_MAX_SEGS
 from dmakit.block.status import BlkStatus
+from dmakit.dma.report import map_error
 from dmakit.errors import DmakitError, ExhaustedError, MisuseError
 from dmakit.nvme import metadata
 from dmakit.nvme.iod import (
@@ -40,7 +41,7 @@ from dmakit.nvme.spec import PSDT_PRP, PSDT_SGL_METABUF
 from dmakit.reasons import Reason
 
 if cython.compiled:
-    from cython.cimports.dmakit.block.dma_iter import BlkDmaIter
+    from cython.cimports.dmakit.block.dma_iter import BlkDmaIter, typed_device
     from cython.cimports.dmakit.block.request import Request
     from cython.cimports.dmakit.consts import (
         ATTR_MMIO,
@@ -53,13 +54,14 @@ if cython.compiled:
         PAGE_MASK_LOW,
         PAGE_SIZE,
     )
+    from cython.cimports.dmakit.dma.streaming import Streaming
     from cython.cimports.dmakit.ledger import Ledger
     from cython.cimports.dmakit.nvme.iod import Iod
     from cython.cimports.dmakit.nvme.pool import Block, DescriptorPool
     from cython.cimports.dmakit.nvme.prp import PrpWriter
     from cython.cimports.dmakit.nvme.sgl import SglWriter
 else:
-    from dmakit.block.dma_iter import BlkDmaIter
+    from dmakit.block.dma_iter import BlkDmaIter, typed_device
     from dmakit.block.request import Request
     from dmakit.consts import (
         ATTR_MMIO,
@@ -72,6 +74,7 @@ else:
         PAGE_MASK_LOW,
         PAGE_SIZE,
     )
+    from dmakit.dma.streaming import Streaming
     from dmakit.ledger import Ledger
     from dmakit.nvme.iod import Iod
     from dmakit.nvme.pool import Block, DescriptorPool
@@ -200,6 +203,7 @@ class RequestMapper:
         length: cython.ulonglong = request.data.length[0]
         offset: cython.ulonglong = phys & PAGE_MASK_LOW
         addr: cython.ulonglong
+        own: Streaming | None = typed_device(self.device, request.cpu)
         two_prps: cython.bint = offset + length <= 2 * PAGE_SIZE
         if choice == SGL_UNSUPPORTED and not two_prps:
             return -1
@@ -208,7 +212,12 @@ class RequestMapper:
             if self.peer.map_type(phys) != P2P_MAP_NONE:
                 return -1
         try:
-            addr = self.device.map_phys(phys, length, request.direction, 0, cpu=request.cpu)
+            if own is not None:
+                addr = own._map_phys(phys, length, request.direction, 0, request.cpu)
+                if addr == 0:
+                    raise map_error(own, int(phys), int(length), 0)
+            else:
+                addr = self.device.map_phys(phys, length, request.direction, 0, cpu=request.cpu)
         except DmakitError as error:
             iod.status = int(BlkStatus.RESOURCE)
             return self._fail(iod, error, 0)
@@ -253,7 +262,10 @@ class RequestMapper:
 
     def _save(self, iod: Iod) -> cython.int:
         """Keep a range that must be unmapped by itself and that PRPs cannot give back."""
-        if iod.state is not None or iod.map_type == P2P_MAP_BUS_ADDR or not self.device.need_unmap():
+        own: Streaming | None = self.walk.own
+        if iod.state is not None or iod.map_type == P2P_MAP_BUS_ADDR:
+            return 0
+        if (own is None or not own.translating) and not self.device.need_unmap():
             return 0
         iod.vectors.append((self.walk.addr, self.walk.len))
         if len(iod.vectors) == 1 and self.small.fail._hit():
@@ -325,7 +337,7 @@ class RequestMapper:
         if not iod.flags & IOD_DATA_MAPPED:
             return 0
         if iod.flags & IOD_SINGLE_SEGMENT:
-            self.device.unmap_phys(iod.low, iod.total, iod.request.direction, 0, cpu=cpu)
+            self._unmap_one(iod.low, iod.total, iod.request.direction, 0, cpu)
         elif not unmap(self.device, iod.state, iod.total, iod.request.direction, iod.map_type, cpu=cpu):
             self._unmap_listed(iod, attrs, cpu)
         iod.state = None
@@ -338,16 +350,32 @@ class RequestMapper:
         block: Block
         direction: int = iod.request.direction
         for addr, length in iod.vectors:
-            self.device.unmap_phys(addr, length, direction, attrs, cpu=cpu)
+            self._unmap_one(addr, length, direction, attrs, cpu)
         iod.vectors.clear()
         if iod.psdt == PSDT_PRP:
             return 0
         if not iod.blocks:
-            self.device.unmap_phys(iod.low, iod.high, direction, attrs, cpu=cpu)
+            self._unmap_one(iod.low, iod.high, direction, attrs, cpu)
             return 0
         block = iod.blocks[0]
         for at in range(iod.entries):
-            self.device.unmap_phys(block.words[2 * at], block.words[2 * at + 1], direction, attrs, cpu=cpu)
+            self._unmap_one(block.words[2 * at], block.words[2 * at + 1], direction, attrs, cpu)
+        return 0
+
+    def _unmap_one(
+        self,
+        addr: cython.ulonglong,
+        length: cython.ulonglong,
+        direction: cython.int,
+        attrs: cython.int,
+        cpu: cython.int,
+    ) -> cython.int:
+        """``unmap_phys``, without a Python call where the device is one of ours."""
+        own: Streaming | None = typed_device(self.device, cpu)
+        if own is None:
+            self.device.unmap_phys(addr, length, direction, attrs, cpu=cpu)
+        elif own._unmap_phys(addr, length, direction, attrs, cpu) != 0:
+            raise MisuseError(f"unmap_phys: nothing is mapped at {int(addr):#x}", rule="not-mapped")
         return 0
 
     def _drop(self, iod: Iod) -> cython.int:
