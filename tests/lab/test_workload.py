@@ -8,11 +8,13 @@ from array import array
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dmakit.errors import InputError
 from dmakit.lab.profile import NOT_PRICED, PUBLISHED, cheaper, derived, modelled
 from dmakit.lab.request_table import COMPLETE, SUBMIT, IoRequest, Layout, QueueSchedule, Requests, SplitSchedule
-from dmakit.lab.workload import FioSpec, Workload, merge_adjacent
+from dmakit.lab.workload import FioSpec, Workload, merge_adjacent, overlapping
 from dmakit.ledger import ROWS
 from dmakit.memory.pages import PageAllocator
 from dmakit.memory.physical import PhysicalMemory
@@ -143,3 +145,27 @@ def test_a_workload_keeps_no_object_for_a_request() -> None:
         return size
 
     assert held(12_000) - held(2_000) < 10_000 * 16
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 40), st.integers(1, 3)), min_size=1, max_size=3), min_size=1, max_size=12
+    ),
+    st.integers(1, 5),
+)
+def test_requests_that_share_a_page_in_flight_are_found(pages: list[list[tuple[int, int]]], depth: int) -> None:
+    layouts = [Layout.of(tuple((4096 * page + 512, 4096 * count - 1024) for page, count in few)) for few in pages]
+    requests = Requests(IoRequest(n, "read", layout) for n, layout in enumerate(layouts))
+    schedule = QueueSchedule(len(requests), depth)
+    inflight: dict[int, set[int]] = {}
+    expected: set[int] = set()
+    for kind, number in schedule:
+        if kind == COMPLETE:
+            del inflight[number]
+            continue
+        mine = {p + i for p, count in pages[number] for i in range(count)}
+        for other, theirs in inflight.items():
+            if mine & theirs:
+                expected |= {other, number}
+        inflight[number] = mine
+    assert overlapping(Workload("x", requests, schedule)) == expected

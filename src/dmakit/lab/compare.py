@@ -134,14 +134,14 @@ class Run:
         """Fill the buffer of a write, and map."""
         if request.op == "write":
             self.rig.cpu_write(request.segments, self.pattern.of(request.number, request.size))
-        before = self.counts.copy()
+        self.submission -= self.counts
         started = time.perf_counter_ns()
         try:
             self.inflight[request.number] = request, self.strategy.map(request)
         except DmakitError:
             self.result.failed += 1
         self.result.simulator_ns += time.perf_counter_ns() - started
-        self.submission += self.counts - before
+        self.submission += self.counts
 
     def complete(self, number: int) -> None:
         """The device does its work, the request is unmapped, the bytes are compared."""
@@ -158,11 +158,11 @@ class Run:
             found = self.rig.device_io(request, mapped.descriptors, expected)
         except FaultError:
             self.result.faults += 1
-        before = self.counts.copy()
+        self.completion -= self.counts
         started = time.perf_counter_ns()
         self.strategy.unmap(request, mapped)
         self.result.simulator_ns += time.perf_counter_ns() - started
-        self.completion += self.counts - before
+        self.completion += self.counts
         if request.op == "read":
             found = self.rig.cpu_read(request.segments)
         self.result.wrong += count_wrong(expected, found or b"")

@@ -7,6 +7,7 @@ device's half: it reads list blocks by translated DMA and yields the data ranges
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from dmakit.errors import FaultError
 from dmakit.nvme.iod import Iod
 from dmakit.nvme.mapping import RequestMapper
 from dmakit.nvme.pool import Block
-from dmakit.nvme.prp import PrpWalker, entries_needed
+from dmakit.nvme.prp import PrpWalker
 from dmakit.nvme.sgl import SglWalker
 from dmakit.nvme.spec import PSDT_PRP, PSDT_SGL_METABUF
 
@@ -58,9 +59,11 @@ class DescriptorWriter:
             low, high, blocks = mapper.sgl.build(ranges)
             self._count(len(ranges))
             return Descriptors(PSDT_SGL_METABUF, low, high, size, blocks)
-        low, high, blocks = mapper.prp.build(ranges)
-        self._count(sum(entries_needed(addr, length) for addr, length in ranges))
-        return Descriptors(PSDT_PRP, low, high, size, blocks)
+        addrs, lengths = (memoryview(array("Q", column)) for column in zip(*ranges, strict=True))
+        bounds, prps = (memoryview(array("Q", (0, last))) for last in (len(ranges), 0))
+        blocks = mapper.prp.build_batch(addrs, lengths, bounds, prps)[0]
+        self._count(mapper.prp.entries)
+        return Descriptors(PSDT_PRP, prps[0], prps[1], size, blocks)
 
     def _count(self, entries: int) -> None:
         self.mapper.ledger.count(L_DESCRIPTORS, entries)

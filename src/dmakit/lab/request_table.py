@@ -121,9 +121,9 @@ class Requests(Sequence[IoRequest]):
             raise KeyError(number)
         return number
 
-    def layout_at(self, position: int) -> Layout:
-        """The layout of the request at ``position``, without making the request."""
-        return self.layouts[self._which[position]]
+    def layout_index(self, position: int) -> int:
+        """Which of ``layouts`` the request at ``position`` has, without making the request."""
+        return self._which[position]
 
     def replaced(self, layouts: list[Layout]) -> Requests:
         """The same requests, with ``layouts[i]`` in place of the i-th layout."""

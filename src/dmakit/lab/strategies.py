@@ -16,6 +16,7 @@ to undo a mapping (``bookkeeping_bytes``) and its walks over the segments (``pas
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,6 +25,7 @@ from dmakit.block.device import MappingDevice
 from dmakit.block.request import Op, Request
 from dmakit.block.sg import SgRequest
 from dmakit.consts import ATTR_MMIO, L_BOOKKEEPING_BYTES, L_BOUNCE_MAPS, L_PASSES
+from dmakit.dma.batch import map_many, unmap_many
 from dmakit.errors import DmakitError, UnsupportedError
 from dmakit.lab.descriptors import Descriptors, DescriptorWriter
 from dmakit.lab.request_table import IoRequest, Segments
@@ -109,15 +111,8 @@ class Page(Strategy):
     path = "map_phys each"
 
     def ranges(self, request: IoRequest) -> tuple[Ranges, Any]:
-        direction = direction_of(request)
-        done: Ranges = []
         self.ledger.count(L_PASSES)
-        try:
-            for phys, size in request.segments:
-                done.append((self._one(phys, size, direction, request.cpu), size))
-        except DmakitError:
-            self.release(request, done)
-            raise
+        done = self._each(request) if self._one_by_one(request) else self._batch(request)
         if self.device.need_unmap() and self.rig.peer is None:
             self.keep(VECTOR_BYTES * len(done))
         self.paths.take(request.number, self.path, self.reason(done))
@@ -126,6 +121,28 @@ class Page(Strategy):
     def reason(self, ranges: Ranges) -> Reason:
         """Why this path: nothing else was open."""
         return Reason.SINGLE_SEGMENT if len(ranges) == 1 else Reason.STRATEGY
+
+    def _one_by_one(self, request: IoRequest) -> bool:
+        """Whether each call must be seen: a peer is asked page by page, and the checker watches single calls."""
+        return self.rig.peer is not None or self.device.checker is not None or len(request.segments) == 1
+
+    def _batch(self, request: IoRequest) -> Ranges:
+        """The loop as one batch call: the same calls, counted the same."""
+        phys, sizes = (array("Q", column) for column in zip(*request.segments, strict=True))
+        found = array("Q", bytes(8 * len(phys)))
+        map_many(self.device, phys, sizes, found, direction_of(request), cpu=request.cpu)
+        return list(zip(found, sizes, strict=True))
+
+    def _each(self, request: IoRequest) -> Ranges:
+        direction = direction_of(request)
+        done: Ranges = []
+        try:
+            for phys, size in request.segments:
+                done.append((self._one(phys, size, direction, request.cpu), size))
+        except DmakitError:
+            self.release(request, done)
+            raise
+        return done
 
     def _one(self, phys: int, size: int, direction: int, cpu: int) -> int:
         peer = self.rig.peer
@@ -142,9 +159,14 @@ class Page(Strategy):
     def release(self, request: IoRequest, token: Any) -> None:
         if self.rig.options.p2p == "bus":
             return
+        direction, cpu = direction_of(request), request.complete_cpu
         attrs = ATTR_MMIO if self.rig.peer is not None else 0
+        if not self._one_by_one(request):
+            found, sizes = (array("Q", column) for column in zip(*token, strict=True))
+            unmap_many(self.device, found, sizes, direction, attrs, cpu=cpu)
+            return
         for addr, size in token:
-            self.device.unmap_phys(addr, size, direction_of(request), attrs, cpu=request.complete_cpu)
+            self.device.unmap_phys(addr, size, direction, attrs, cpu=cpu)
 
 
 class Direct(Page):

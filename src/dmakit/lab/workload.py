@@ -127,22 +127,39 @@ class FioSpec:
 
 def overlapping(workload: Workload) -> set[int]:
     """Numbers of the requests that share a page with another one while both are in flight."""
-    users: dict[int, set[int]] = {}
-    shared: set[int] = set()
-    pages: dict[Segments, list[int]] = {}
-    requests = workload.requests
+    requests, shared = workload.requests, set[int]()
+    pages = [_pages(layout.segments) for layout in requests.layouts]
+    groups = _groups(pages)
+    inflight: list[dict[int, int]] = [{} for _ in pages]  # by group: request number, layout
     for kind, number in workload.schedule:
-        segments = requests.layout_at(requests.position(number)).segments
-        if segments not in pages:
-            pages[segments] = [
-                page for phys, size in segments for page in range(phys >> 12, (phys + size + 4095) >> 12)
-            ]
-        for page in pages[segments]:
-            there = users.setdefault(page, set())
-            if kind == COMPLETE:
-                there.discard(number)
-                continue
-            there.add(number)
-            if len(there) > 1:
-                shared |= there
+        which = requests.layout_index(requests.position(number))
+        others = inflight[groups[which]]
+        if kind == COMPLETE:
+            others.pop(number, None)
+            continue
+        if others:
+            sharing = [other for other, there in others.items() if not pages[which].isdisjoint(pages[there])]
+            if sharing:
+                shared.update(sharing, (number,))
+        others[number] = which
     return shared
+
+
+def _pages(segments: Segments) -> set[int]:
+    """The pages that hold any byte of these."""
+    return {page for phys, size in segments for page in range(phys >> 12, (phys + size + 4095) >> 12)}
+
+
+def _groups(pages: list[set[int]]) -> list[int]:
+    """A number for each set, the same for sets that are linked by common pages (most often only a few sets are)."""
+    group, first = list(range(len(pages))), dict[int, int]()
+
+    def root(one: int) -> int:
+        while group[one] != one:
+            group[one] = one = group[group[one]]
+        return one
+
+    for one, held in enumerate(pages):
+        for page in held:
+            group[root(one)] = root(first.setdefault(page, one))
+    return [root(one) for one in range(len(pages))]
