@@ -1,4 +1,4 @@
-"""The test run of a checkout: lint, then the whole suite interpreted, then the whole suite compiled.
+"""The test run of a checkout: lint, the whole suite interpreted, the whole suite compiled, then the test VM.
 
 Phases that this machine cannot run are counted and named at the end, with the command that supplies what is
 missing; with CI=true a missing thing fails the run.
@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+
+from tests.vm import plugin as vm  # noqa: E402
 
 from dmakit import _core  # noqa: E402
 
@@ -47,13 +49,20 @@ def suite(core: str, arguments: list[str]) -> bool:
     workers = (
         ["-n", str(os.cpu_count() or 1)] if not any(a.startswith(("-n", "-k", "--pdb")) for a in arguments) else []
     )
-    return call(f"suite, {core}", [sys.executable, "-m", "pytest", *workers, *arguments], DMAKIT_CORE=core)
+    chosen = ["-m", "not long and not vm"]
+    return call(f"suite, {core}", [sys.executable, "-m", "pytest", *chosen, *workers, *arguments], DMAKIT_CORE=core)
+
+
+def machines(arguments: list[str]) -> bool:
+    """The tests that boot the test VM, two guests at a time; what a boot lacks fails them."""
+    command = [sys.executable, "-m", "pytest", "tests/vm", "-m", "vm", "--vm", "ci", "--require-vm", "-n", "2"]
+    return call("test VM", [*command, *arguments])
 
 
 def main() -> int:
     """Parse, run the phases, sum up."""
     parser = argparse.ArgumentParser(prog="./dmakit test")
-    parser.add_argument("--only", choices=("lint", "python", "compiled"))
+    parser.add_argument("--only", choices=("lint", "python", "compiled", "vm"))
     parser.add_argument("pytest", nargs="*")
     args = parser.parse_args()
     in_ci = bool(os.environ.get("CI"))
@@ -68,6 +77,11 @@ def main() -> int:
             missing.append(NO_COMPILED)
         else:
             results["compiled"] = suite("compiled", args.pytest)
+    if args.only in (None, "vm"):
+        if lacking := vm.missing():
+            missing.append(f"the test VM, which lacks {', '.join(lacking)} (supply it: {vm.BUILD})")
+        else:
+            results["vm"] = machines(args.pytest if args.only else [])
     failed = [name for name, good in results.items() if not good]
     print(f"\n{len(results) - len(failed)} of {len(results)} phases passed", end="")
     print(f"; failed: {', '.join(failed)}" if failed else "")

@@ -10,8 +10,9 @@ def archive(files: dict[str, tuple[int, bytes]]) -> bytes:
     """An archive of ``{name: (mode with file type, content)}``, parents before children."""
     out = bytearray()
     for number, (name, (mode, content)) in enumerate([*files.items(), ("TRAILER!!!", (0, b""))], 1):
-        fields = (number, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0)
-        out += b"070701" + b"".join(b"%08X" % field for field in fields) + name.encode() + b"\0"
+        path = name.encode() + b"\0"
+        fields = (number, mode, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(path), 0)
+        out += b"070701" + b"".join(b"%08X" % field for field in fields) + path
         out += bytes(-len(out) % 4) + content
         out += bytes(-len(out) % 4)
     return bytes(out)

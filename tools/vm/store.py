@@ -127,6 +127,7 @@ class Workshop:
                 child.stdin.close()
                 while chunk := _read(child.stdout.fileno(), progress):
                     file.write(chunk)
+                    file.flush()
                     progress.lines += chunk.count(b"\n")
                 status = child.wait()
             finally:

@@ -12,7 +12,7 @@ from dmakit.errors import InputError
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``test``."""
-    parser.add_argument("--only", choices=("lint", "python", "compiled"), help="run one phase")
+    parser.add_argument("--only", choices=("lint", "python", "compiled", "vm"), help="run one phase")
     parser.add_argument("pytest", nargs="*", metavar="PYTEST_ARG", help="after --: arguments for pytest")
 
 

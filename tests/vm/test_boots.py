@@ -1,0 +1,83 @@
+"""The guest's tests on every kernel and every emulated IOMMU; a failure names the guest's test."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from tools.vm import run
+from tools.vm.machine import VARIANTS, Machine
+
+from tests.vm.plugin import require_built
+from tests.vm.reporter import REPORT
+
+PYTEST = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.vm.reporter"]
+EVERYTHING = Machine(nvme=2, nvme_mib=256, cmb=True, edu=True)
+IOMMUS = [name for name in VARIANTS if name != "none"]
+
+
+@dataclass(frozen=True)
+class Boot:
+    """A machine, the tests it runs, and the smallest ``--vm`` set it belongs to."""
+
+    machine: Machine
+    paths: tuple[str, ...]
+    level: str
+    timeout: float = 900.0
+
+    @property
+    def name(self) -> str:
+        """Kernel, variant and what runs."""
+        return f"{self.machine.kernel}-{self.machine.iommu}{'' if self.paths == GUEST else '-portable'}"
+
+
+GUEST = ("tests/vm/guest",)
+# What must hold on the guest's Python and processor as well, on the software machine.
+PORTABLE = ("tests/ground", "tests/memory", "tests/iova", "tests/dma", "tests/platform", "tests/nvme")
+LEVELS = ("quick", "ci", "full")
+CI_ON_DEBIAN = ("vtd-lazy", "amd")
+
+
+def boots() -> list[Boot]:
+    """All boots, the quick one first."""
+    iommufd = [Boot(replace(EVERYTHING, iommu=name), GUEST, "ci" if n else "quick") for n, name in enumerate(IOMMUS)]
+    levels = {name: "ci" if name in CI_ON_DEBIAN else "full" for name in IOMMUS}
+    debian = [Boot(replace(EVERYTHING, kernel="debian", iommu=name), GUEST, levels[name]) for name in IOMMUS]
+    return [*iommufd, *debian, Boot(replace(EVERYTHING, iommu="none"), PORTABLE, "ci")]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    chosen = LEVELS.index(metafunc.config.getoption("--vm"))
+    wanted = [boot for boot in boots() if LEVELS.index(boot.level) <= chosen]
+    metafunc.parametrize("boot", wanted, ids=lambda boot: boot.name)
+
+
+@pytest.mark.vm
+def test_guest(boot: Boot, subtests: pytest.Subtests, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    require_built()
+    command = [*PYTEST, *boot.paths, *shlex.split(pytestconfig.getoption("--guest"))]
+    told = {"DMAKIT_VM_REPORT": "/mnt/out", "DMAKIT_VM_FULL": str(int(pytestconfig.getoption("--vm") == "full"))}
+    result = run.boot(boot.machine, command, out=tmp_path, environment=told, timeout=boot.timeout)
+    states = outcomes(tmp_path / REPORT)
+    for name, (outcome, text) in states.items():
+        with subtests.test(msg=f"{boot.name}: {name}"):
+            if outcome == "skipped":
+                pytest.skip(text)
+            assert outcome == "passed", f"{outcome}\n{text}"
+    tail = "\n".join([*result.output.splitlines()[-30:], *result.console.splitlines()[-30:]])
+    assert not result.verdict(), f"{result.verdict()}\n{tail}"
+    assert result.status == 0, f"pytest ended with {result.status} in the guest\n{tail}"
+    assert any(outcome == "passed" for outcome, _ in states.values()), f"no test ran in the guest\n{tail}"
+
+
+def outcomes(report: Path) -> dict[str, tuple[str, str]]:
+    """The last word on each test; ``started`` means that the guest died in it."""
+    last: dict[str, tuple[str, str]] = {}
+    for line in report.read_text().splitlines() if report.exists() else []:
+        entry = json.loads(line)
+        if last.get(entry["id"], ("",))[0] != "failed":  # a failed test whose teardown passes has failed
+            last[entry["id"]] = (entry["outcome"], entry["text"])
+    return last
