@@ -46,6 +46,10 @@ def _words(count: int) -> memoryview[int]:
     return memoryview(array("Q", bytes(8 * count)))
 
 
+def _closed(offset: int, value: int) -> None:
+    raise MisuseError("this queue is closed")
+
+
 @cython.cclass
 class Ring:
     """Both rings of queue ``qid``, of ``entries`` entries each; ``sq`` and ``cq`` are (words, page indices)."""
@@ -93,6 +97,15 @@ class Ring:
         self.tail = self.rung = self.head = self.told = self.sq_head = 0
         self.phase = 1
         self.forgive()
+
+    def close(self) -> None:
+        """Let go of the rings' memory and of the doorbells, which go away; nothing is in flight any more."""
+        self.sq = self.cq = _words(64 * self.entries)
+        self.sq_pages = _words(1 + self.entries // 64)
+        self.cq_pages = _words(1 + self.entries // 64)
+        self.mapped = False
+        self.bar = memoryview(array("I", [0]))
+        self.write32 = _closed
 
     # Slots --------------------------------------------------------------------------------------------------
 

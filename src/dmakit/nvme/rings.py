@@ -49,7 +49,7 @@ class QueuePair:
         )
         self.contexts: list[object] = [None] * entries
         self.owner: Owner | None = None
-        self.retired = False
+        self.retired = self.closed = False
         self._found = [memoryview(array("Q", bytes(8 * entries))) for _ in range(4)]
 
     @property
@@ -112,6 +112,10 @@ class QueuePair:
         raise MisuseError(f"queue {self.qid}: this command is not in flight")
 
     def free(self) -> None:
-        """Give both rings back."""
+        """Give both rings back; a second call does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        self.core.close()
         self.sq.free()
         self.cq.free()

@@ -102,7 +102,8 @@ class VfioTransport:
             return
 
     def close(self) -> None:
-        """The host closes the device."""
+        """Let go of the registers; the host closes the device."""
+        self.bar = None
         self._poll = select.poll()
 
 
