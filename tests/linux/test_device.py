@@ -269,3 +269,21 @@ def test_a_device_that_cannot_be_reset_is_taken_all_the_same() -> None:
     with machine("type1", fake) as made, made.open(EDU) as device, pytest.raises(UnsupportedError) as caught:
         device.reset()
     assert str(caught.value) == f"{EDU} cannot be reset alone (no FLR, no power management, not alone on its bus)"
+
+
+def test_no_iova_is_an_address_at_which_a_device_answers() -> None:
+    """Bridge windows and BARs, as sysfs shows them: else a device might reach its neighbour, or itself."""
+    fake = host()
+    lines = (
+        "0x00000000feb00000 0x00000000febfffff 0x0000000000040200",
+        "0x000000000000c000 0x000000000000c03f 0x40101",
+    )
+    fake.devices[EDU].resource = "\n".join((*lines, "0x0000000000000000 0x0000000000000000 0x0000000000000000")) + "\n"
+    fake.devices[NVME].resource = "0x00000000fec00000 0x00000000fffff000 0x0000000000140204\n"
+    _, made, device = taken(fake=fake)
+    with made, device:
+        (space,) = made.spaces
+        assert (0xFEB00, 0xFFFFF) in space.reserved and (0xC, 0xC) not in space.reserved
+        device.dma.set_mask((1 << 32) - 1)
+        assert device.dma.map_phys(*made.buffer(PAGE).ranges[0], TO) == 0xFEAFF000
+        device.dma.unmap_phys(0xFEAFF000, PAGE, TO)

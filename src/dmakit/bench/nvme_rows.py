@@ -54,7 +54,8 @@ def _driven(bench: Bench) -> tuple[BatchQueue, Any, dict[str, Any]]:
                       pair.core.sq_doorbell >> 2)  # fmt: skip
         buffer = controller.buffer(_BATCH * 4096)
         low, high = pointers(array("Q", [buffer.address(4096 * at) for at in range(_BATCH)]), 4096)
-        arrays = {"low": low, "high": high, "lbas": array("Q", range(0, 8 * _BATCH, 8)), "tags": array("Q", range(_BATCH)),
+        arrays = {"low": low, "high": high, "lbas": array("Q", range(0, 8 * _BATCH, 8)),
+                  "tags": array("Q", range(_BATCH)),
                   "counts": array("Q", [8]) * _BATCH, "done": array("Q", bytes(8 * _BATCH)),
                   "statuses": array("Q", bytes(8 * _BATCH)), "op": "read", "keep": controller}  # fmt: skip
         return queue, ready, arrays

@@ -65,6 +65,7 @@ class FakeDevice:
         self.space: Space | None = None
         self.faults: list[str] = []
         self.resets_seen = 0
+        self.resource = "0x0000000000000000 0x0000000000000000 0x0000000000000000\n"
         self._configure()
 
     def _configure(self) -> None:

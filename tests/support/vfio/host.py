@@ -155,6 +155,7 @@ class FakeHost(Kernel):
             "vendor": f"{device.ids[0]:#06x}",
             "device": f"{device.ids[1]:#06x}",
             "class": f"{device.class_code:#08x}",
+            "resource": device.resource,
             "driver_override": self.overrides.get(device.bdf, "(null)"),
         }.get(what)
 

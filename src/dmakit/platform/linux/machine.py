@@ -37,7 +37,7 @@ from dmakit.platform.linux.domain import UNOBSERVED, HostDomain
 from dmakit.platform.linux.iommufd import Ioas, Iommufd, Staging
 from dmakit.platform.linux.kernel import Kernel
 from dmakit.platform.linux.limits import PinLedger
-from dmakit.platform.linux.pci import PciDevice
+from dmakit.platform.linux.pci import PciDevice, bus_windows
 from dmakit.platform.linux.space import HUGE_PAGE, RAM_START, SourceSpace
 from dmakit.platform.linux.type1 import Type1Container
 from dmakit.platform.linux.uapi import LAYOUTS
@@ -288,9 +288,10 @@ class Machine:
         return space
 
     def _reserve(self, space: AddressSpace) -> None:
-        """Keep the allocator out of what the host does not allow (the part below the aperture's end)."""
-        for start, size in space.domain.reserved:
-            gap = (start >> PAGE_SHIFT, (start + size - 1) >> PAGE_SHIFT)
+        """Keep the allocator out of what the host does not allow, and of where other devices answer."""
+        gaps = [(start, start + size - 1) for start, size in space.domain.reserved] + bus_windows(self.kernel)
+        for first, last in gaps:
+            gap = (first >> PAGE_SHIFT, last >> PAGE_SHIFT)
             if gap not in space.reserved:
                 space.iovad.reserve(max(gap[0], 1), gap[1])
                 space.reserved.add(gap)

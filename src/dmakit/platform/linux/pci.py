@@ -18,6 +18,7 @@ DEVICES = "/sys/bus/pci/devices"
 DRIVERS = "/sys/bus/pci/drivers"
 GROUPS = "/sys/kernel/iommu_groups"
 VFIO_DRIVER = "vfio-pci"
+_RESOURCE_MEMORY = 0x200  # IORESOURCE_MEM
 _BDF = re.compile(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])", re.IGNORECASE)
 _CLASSES = {
     0x0100: "SCSI", 0x0101: "IDE", 0x0104: "RAID", 0x0106: "SATA", 0x0107: "SAS", 0x0108: "NVMe",
@@ -88,6 +89,27 @@ def find(kernel: Kernel, bdf: str) -> PciDevice:
 def scan(kernel: Kernel) -> list[PciDevice]:
     """Every PCI device of this host, in order of address."""
     return [find(kernel, bdf) for bdf in kernel.names(DEVICES)]
+
+
+def bus_windows(kernel: Kernel) -> list[tuple[int, int]]:
+    """(first, last) address of every range that some PCI device or bridge of this host answers to, joined, ascending.
+
+    A device that uses such a number as an IOVA may reach that neighbour, or itself, instead of memory: Linux keeps its
+    own DMA API out of the bridges' windows (``iova_reserve_pci_windows``), and QEMU's NVMe refuses its own registers.
+    """
+    found = []
+    for bdf in kernel.names(DEVICES):
+        for line in (kernel.text(f"{DEVICES}/{bdf}/resource") or "").splitlines():
+            first, last, flags = (int(word, 16) for word in line.split())
+            if flags & _RESOURCE_MEMORY and last:
+                found.append((first, last))
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(found):
+        if joined and first <= joined[-1][1] + 1:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], last))
+        else:
+            joined.append((first, last))
+    return joined
 
 
 def group_members(kernel: Kernel, group: int) -> list[PciDevice]:
