@@ -155,10 +155,14 @@ cdef enum:
     SALT_RETURN = 2
     TR_READ = 1
     TR_WRITE = 2
+    TR_BOTH = 3
     TR_DIRTY = 4
     TR_LEVEL_SHIFT = 4
     TR_LEVEL_MASK = 112
+    TR_LEVEL_1 = 16
     TR_ABSENT = 128
+    TR_UNDECIDED = 8
+    LANE_BLOCK = 64
     FAULT_NO_CONTEXT = 2
     FAULT_WIDTH = 4
     FAULT_WRITE = 5

@@ -190,10 +190,14 @@ SALT_RETURN = 2  # … from its name at its return
 # Output address in bits 51:12; the rest below. Level bits of 0 mean "no translation": bits 3:0 hold the FAULT_ reason.
 TR_READ = 1
 TR_WRITE = 2
+TR_BOTH = TR_READ | TR_WRITE
 TR_DIRTY = 4  # a write needs no further table update
 TR_LEVEL_SHIFT = 4  # bits 6:4: level of the leaf (1 = 4 KiB, 2 = 2 MiB, 3 = 1 GiB)
 TR_LEVEL_MASK = 0x70
+TR_LEVEL_1 = 1 << TR_LEVEL_SHIFT
 TR_ABSENT = 0x80  # the walk met an entry that is not present
+TR_UNDECIDED = 8  # no reason of a fault either: the batch's lane leaves the access to the rule
+LANE_BLOCK = 64  # accesses that the batch's lane asks the CPU's caches for at once
 
 # Fault reasons (VT-d specification, legacy-mode numbers) ----------------------------------------------------
 FAULT_NO_CONTEXT = 0x2

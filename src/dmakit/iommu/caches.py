@@ -7,9 +7,10 @@ entry's tag packs the three (page number, domain id, level) into one 64-bit word
 searched in order.
 
 *Replacement* is declared and deterministic: ``lru`` gives up the way that was used longest ago, ``fifo`` the one that
-was filled longest ago; an empty way is always taken first. ``stamps`` holds the time of last use or of filling (0 in an
-empty way), counted in lookups and fills of this cache, never a clock; below the time stands the way's number in its
-set, so that the lowest stamp of a set names the way that gives room.
+was filled longest ago; an empty way is always taken first, the lowest of several. The ways of a set stand in a ring in
+this order: ``oldest`` of the set is the way that gives room next, ``newer`` leads from each way to the one used or
+filled next after it, and from the newest back to the oldest (``older`` leads the other way). So filling turns the
+ring by one step, whatever the number of ways, and no clock is kept.
 
 Invariant: an entry is only ever removed by replacement or by an explicit drop. Nothing here looks at the tables
 again: that is what makes a forgotten invalidation visible.
@@ -56,15 +57,16 @@ class SetCache:
         self.sets = entries // ways
         self.policy = policy
         self.touch = policy == "lru"
-        self.time = 0
-        self.used = 0
         self.evictions = 0
         self.tags = memoryview(array("Q", bytes(8 * entries)))
         self.values = memoryview(array("Q", bytes(8 * entries)))
-        self.stamps = memoryview(array("Q", (way & (ways - 1) for way in range(entries))))
+        self.newer = memoryview(array("i", bytes(4 * entries)))
+        self.older = memoryview(array("i", bytes(4 * entries)))
+        self.oldest = memoryview(array("i", bytes(4 * self.sets)))
         self.set_mask = self.sets - 1
         self.way_bits = ways.bit_length() - 1
         self.live = memoryview(array("q", bytes(8 * _LEVELS)))
+        self._drop_all()
 
     def _find(self, did: cython.int, level: cython.int, page: cython.ulonglong) -> cython.Py_ssize_t:
         """Index of the entry of ``page`` (a page number at ``level``), or -1. Counts as a use."""
@@ -74,7 +76,7 @@ class SetCache:
         while way < end:
             if self.tags[way] == tag:
                 if self.touch:
-                    self._stamp(way)
+                    self._renew(way)
                 return way
             way += 1
         return -1
@@ -86,47 +88,74 @@ class SetCache:
         tag: cython.ulonglong = (page << 19) | (cython.cast(cython.ulonglong, did) << 3) | level
         way: cython.Py_ssize_t = ((page ^ did) & self.set_mask) << self.way_bits
         end: cython.Py_ssize_t = way + self.ways
-        victim: cython.Py_ssize_t = way
+        victim: cython.Py_ssize_t = self.oldest[way >> self.way_bits]
         while way < end:
             if self.tags[way] == tag:
                 victim = way
                 break
-            if self.stamps[way] < self.stamps[victim]:
-                victim = way
             way += 1
-        if self.tags[victim] != 0:
+        if self.tags[victim] == 0:
+            self.used += 1
+        else:
+            self.live[self.tags[victim] & 7] -= 1
             if self.tags[victim] != tag:
                 self.evictions += 1
-            self._drop(victim)
         self.tags[victim] = tag
         self.values[victim] = value
-        self._stamp(victim)
         self.live[level] += 1
-        self.used += 1
+        self._renew(victim)
+
+    def _renew(self, way: cython.Py_ssize_t) -> cython.void:
+        """Make a way the newest of its set: it is used or filled now. Without a jump that depends on the order."""
+        first: cython.Py_ssize_t = self.oldest[way >> self.way_bits]
+        first = self.newer[way] if first == way else first
+        self.oldest[way >> self.way_bits] = first
+        self._put_before(way, first)
+
+    def _put_before(self, way: cython.Py_ssize_t, at: cython.Py_ssize_t) -> cython.void:
+        """Move a way in its ring to the place just older than ``at`` (before the oldest stands the newest)."""
+        after: cython.int = self.newer[way]
+        before: cython.int = self.older[way]
+        self.newer[before] = after
+        self.older[after] = before
+        before = self.older[at]
+        self.newer[before] = way
+        self.older[way] = before
+        self.newer[way] = at
+        self.older[at] = way
 
     def _drop(self, way: cython.Py_ssize_t) -> cython.void:
-        """Empty one way that holds an entry."""
+        """Empty one way that holds an entry: it joins the empty ways of its set, which stand oldest, lowest first."""
         self.live[self.tags[way] & 7] -= 1
         self.used -= 1
         self.tags[way] = 0
-        self.stamps[way] = way & (self.ways - 1)
-
-    def _stamp(self, way: cython.Py_ssize_t) -> cython.void:
-        """Note that a way is used or filled now."""
-        self.time += 1
-        self.stamps[way] = (self.time << self.way_bits) | (way & (self.ways - 1))
+        self._renew(way)
+        at: cython.Py_ssize_t = self.oldest[way >> self.way_bits]
+        if self.tags[at] != 0 or at >= way:
+            self.oldest[way >> self.way_bits] = way
+        while at < way and self.tags[at] == 0:
+            at = self.newer[at]
+        if at != way:
+            self._put_before(way, at)
 
     def _drop_all(self) -> cython.void:
         """Empty the cache (a global invalidation)."""
         way: cython.Py_ssize_t
+        last: cython.Py_ssize_t = self.ways - 1
         for way in range(self.capacity):
-            if self.tags[way] != 0:
-                self._drop(way)
+            self.tags[way] = 0
+            self.newer[way] = way + 1 if way & last != last else way - last
+            self.older[way] = way - 1 if way & last != 0 else way + last
+            if way & last == 0:
+                self.oldest[way >> self.way_bits] = way
+        for way in range(_LEVELS):
+            self.live[way] = 0
+        self.used = 0
 
     def _drop_domain(self, did: cython.int) -> cython.void:
-        """Drop every entry of a domain."""
+        """Drop every entry of a domain, from the last way down: each then becomes the oldest of its set at once."""
         way: cython.Py_ssize_t
-        for way in range(self.capacity):
+        for way in range(self.capacity - 1, -1, -1):
             if self.tags[way] != 0 and ((self.tags[way] >> 3) & 0xFFFF) == did:
                 self._drop(way)
 
@@ -165,7 +194,7 @@ class SetCache:
         """Drop the entries of pages ``first`` to ``last`` by looking at every way: cheaper than at every page."""
         way: cython.Py_ssize_t
         tag: cython.ulonglong
-        for way in range(self.capacity):
+        for way in range(self.capacity - 1, -1, -1):
             tag = self.tags[way]
             if (
                 tag != 0

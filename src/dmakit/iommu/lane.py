@@ -5,7 +5,13 @@ entry that permits it, or a walk that ends at a 4 KiB leaf, begins at a cached t
 unusual. It looks first and changes caches, table bits and counters only when it is certain, so it can stop in front of
 any other access (a fault, a large leaf, a cold cache, a dirty bit behind a cached entry) and leave it to the rule.
 
+Random accesses miss both caches. The time of a miss goes into table entries that are far from the CPU and into jumps
+that it guesses wrong, so the loop asks for the leaf entry of the access ``_AHEAD`` places on before it needs it, keeps
+at hand the level-2 table that it walked last (``top``, the gigabyte it spans), takes an entry that permits everything
+and lacks no bit (``plain``) without taking it apart, and has no jump that depends on the order of ways.
+
 It works on the arrays of the two caches, which it shares, and counts in itself until the batch ends (``_end``).
+Measured: docs/design/performance.md.
 """
 
 from __future__ import annotations
@@ -27,17 +33,21 @@ if cython.compiled:
         L_IOTLB_MISSES,
         L_PSC_HITS,
         L_WALK_READS,
+        LANE_BLOCK,
         PAGE_SIZE,
+        TR_BOTH,
         TR_DIRTY,
+        TR_LEVEL_1,
         TR_LEVEL_MASK,
         TR_LEVEL_SHIFT,
         TR_READ,
+        TR_UNDECIDED,
         TR_WRITE,
     )
     from cython.cimports.dmakit.iommu.caches import SetCache
     from cython.cimports.dmakit.iommu.iotlb import Iotlb
     from cython.cimports.dmakit.ledger import Ledger
-    from cython.cimports.dmakit.memory.physical import PhysicalMemory
+    from cython.cimports.dmakit.memory.physical import PhysicalMemory, prefetch
 else:
     from dmakit.consts import (
         CTX_ACCESSED,
@@ -53,11 +63,15 @@ else:
         L_IOTLB_MISSES,
         L_PSC_HITS,
         L_WALK_READS,
+        LANE_BLOCK,
         PAGE_SIZE,
+        TR_BOTH,
         TR_DIRTY,
+        TR_LEVEL_1,
         TR_LEVEL_MASK,
         TR_LEVEL_SHIFT,
         TR_READ,
+        TR_UNDECIDED,
         TR_WRITE,
     )
     from dmakit.iommu.caches import SetCache
@@ -65,7 +79,7 @@ else:
     from dmakit.ledger import Ledger
     from dmakit.memory.physical import PhysicalMemory
 
-_STOP = 8  # a translation word without a level: leave the access to the rule
+_NOWHERE = (1 << 64) - 1  # the gigabyte of no address
 
 
 @cython.final
@@ -78,12 +92,12 @@ class BatchLane:
     ) -> None:
         self.iotlb, self.psc, self.ledger = iotlb, psc, ledger
         self.words, self.contexts = memory.words, contexts
-        self.tags, self.values, self.stamps, self.live = iotlb.tags, iotlb.values, iotlb.stamps, iotlb.live
-        self.psc_tags, self.psc_values, self.psc_stamps, self.psc_live = psc.tags, psc.values, psc.stamps, psc.live
+        self.tags, self.values, self.live = iotlb.tags, iotlb.values, iotlb.live
+        self.newer, self.oldest = iotlb.newer, iotlb.oldest
+        self.psc_tags, self.psc_values, self.psc_live = psc.tags, psc.values, psc.live
+        self.psc_newer, self.psc_oldest = psc.newer, psc.oldest
         self.ways, self.set_mask, self.way_bits = iotlb.ways, iotlb.set_mask, iotlb.way_bits
         self.psc_ways, self.psc_set_mask, self.psc_way_bits = psc.ways, psc.set_mask, psc.way_bits
-        self.tick, self.psc_tick = 1 << iotlb.way_bits, 1 << psc.way_bits
-        self.touch, self.psc_touch = iotlb.touch, psc.touch
         self.highest = memory.span - PAGE_SIZE
 
     def _run(
@@ -97,27 +111,56 @@ class BatchLane:
         """Translate ``iovas[start:]`` of an attached domain into ``out``; where it stopped."""
         i: cython.Py_ssize_t = start
         n: cython.Py_ssize_t = len(iovas)
+        end: cython.Py_ssize_t = start
         self._begin(did, write)
-        while i < n:
-            iova: cython.ulonglong = iovas[i]
-            word: cython.ulonglong = self._cached(iova)
-            if word == 0:
-                word = self._walked(iova)
-            level: cython.int = (word & TR_LEVEL_MASK) >> TR_LEVEL_SHIFT
-            if level == 0:
-                break
-            size: cython.ulonglong = 1
-            size <<= 3 + 9 * level
-            out[i] = (word >> 12 << 12) | (iova & (size - 1))
-            i += 1
+        while i < n and i == end:
+            end = min(i + LANE_BLOCK, n) if self.full else i + 1
+            self._ask(iovas, end, min(end + LANE_BLOCK, n))
+            i = self._block(iovas, out, i, end)
         self._end(i - start)
+        return i
+
+    def _block(
+        self, iovas: memoryview[int], out: memoryview[int], i: cython.Py_ssize_t, end: cython.Py_ssize_t
+    ) -> cython.Py_ssize_t:
+        """Translate ``iovas[i:end]`` into ``out``; where it stopped. The usual miss is here, in one piece."""
+        while i < end:
+            iova: cython.ulonglong = iovas[i]
+            page: cython.ulonglong = iova >> 12
+            span: cython.ulonglong = iova >> 21
+            set_: cython.Py_ssize_t = (page ^ self.domain) & self.set_mask
+            tag: cython.ulonglong = (page << 19) | self.key
+            word: cython.ulonglong = 0
+            if iova >> 30 == self.top and not _holds_8(self, set_ << 3, tag):
+                table_set: cython.Py_ssize_t = (span ^ self.domain) & self.psc_set_mask
+                table_tag: cython.ulonglong = (span << 19) | self.psc_key
+                if _holds_4(self, table_set << 2, table_tag):
+                    word = self._once(page, table_set << 2, table_tag)
+                else:
+                    entry: cython.ulonglong = self.words[self.top_table + (span & 511)]
+                    known: cython.ulonglong = entry & self.address
+                    if entry & self.above_mask == self.above and known <= self.highest:
+                        entry = self.words[(known >> 3) + (page & 511)]
+                        if entry & self.plain == self.plain:
+                            word = (entry & self.address) | TR_LEVEL_1 | TR_BOTH | TR_DIRTY
+                            _fill_table(self, table_set, table_tag, known | TR_LEVEL_1 | TR_BOTH)
+            if word != 0:
+                _fill(self, set_, tag, word)
+                out[i] = (word >> 12 << 12) | (iova & (PAGE_SIZE - 1))
+            else:
+                out[i] = self._any(iova)
+                if out[i] == _NOWHERE:
+                    break
+            i += 1
         return i
 
     def _begin(self, did: cython.int, write: cython.bint) -> cython.void:
         """Take the domain's context out of the table of contexts."""
         base: cython.Py_ssize_t = did * CTX_WORDS
         self.domain = did
-        self.width = self.contexts[base + CTX_WIDTH]
+        self.key = (self.domain << 3) | 1
+        self.psc_key = self.key + 1
+        self.last = _NOWHERE >> (64 - self.contexts[base + CTX_WIDTH])
         self.present = self.contexts[base + CTX_PRESENT]
         self.read_bit = self.contexts[base + CTX_READ]
         self.write_bit = self.contexts[base + CTX_WRITE]
@@ -127,166 +170,256 @@ class BatchLane:
         self.dirty = self.contexts[base + CTX_DIRTY]
         self.need = TR_WRITE | TR_DIRTY if write else TR_READ
         self.mark = self.accessed | self.dirty if write else self.accessed
-        self.now, self.psc_now = self.iotlb.time << self.way_bits, self.psc.time << self.psc_way_bits
-        self.hits = self.longer = self.evicted = self.psc_evicted = 0
+        self.above = self.read_bit | self.write_bit | self.accessed
+        self.plain = self.above | self.dirty
+        self.full = self.ways == 8 and self.psc_ways == 4 and self.live[1] == self.iotlb.capacity
+        self.top = _NOWHERE
+        self.top_table = 0
+        self.hits = self.once = self.others = self.psc_others = 0
 
     def _end(self, done: cython.longlong) -> cython.void:
-        """Count what the batch did: ``done`` accesses, of which ``hits`` needed no walk, ``longer`` a second read."""
+        """Count what the batch did: ``done`` accesses, ``hits`` of them without a walk, ``once`` with one read."""
         misses: cython.longlong = done - self.hits
+        longer: cython.longlong = misses - self.once
         self.ledger.counts[L_IOTLB_HITS] += self.hits
         self.ledger.counts[L_IOTLB_MISSES] += misses
         self.ledger.counts[L_PSC_HITS] += misses
-        self.ledger.counts[L_WALK_READS] += misses + self.longer
-        self.iotlb.time, self.psc.time = self.now >> self.way_bits, self.psc_now >> self.psc_way_bits
-        self.iotlb.evictions += self.evicted
-        self.psc.evictions += self.psc_evicted
+        self.ledger.counts[L_WALK_READS] += misses + longer
+        self.iotlb.evictions += misses - self.others
+        self.psc.evictions += longer - self.psc_others
+
+    def _ask(self, iovas: memoryview[int], i: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.void:
+        """Have the CPU fetch the leaf entries that later accesses will probably read; a wrong guess harms nothing."""
+        if cython.compiled:
+            while i < end:
+                table: cython.ulonglong = self.words[self.top_table + ((iovas[i] >> 21) & 511)] & self.address
+                prefetch(cython.address(self.words[(table >> 3) + ((iovas[i] >> 12) & 511)]))
+                i += 1
+
+    def _once(self, page: cython.ulonglong, first: cython.Py_ssize_t, tag: cython.ulonglong) -> cython.ulonglong:
+        """The word of a plain leaf whose table the set at ``first`` of the paging-structure cache holds, or 0."""
+        way: cython.Py_ssize_t = first
+        way += self.psc_tags[first + 1] == tag
+        way += 2 * (self.psc_tags[first + 2] == tag)
+        way += 3 * (self.psc_tags[first + 3] == tag)
+        known: cython.ulonglong = self.psc_values[way]
+        leaf: cython.ulonglong = self.words[(known >> 12 << 9) + (page & 511)]
+        if leaf & self.plain != self.plain or known & TR_BOTH != TR_BOTH:
+            return 0
+        self.once += 1
+        self._renew_table(way)
+        return (leaf & self.address) | TR_LEVEL_1 | TR_BOTH | TR_DIRTY
+
+    def _any(self, iova: cython.ulonglong) -> cython.ulonglong:
+        """The physical address of any access that the lane can decide; all ones: leave it to the rule."""
+        page: cython.ulonglong = iova >> 12
+        word: cython.ulonglong = self._cached(iova)
+        if word == 0:
+            word = self._walked(iova)
+            if word != TR_UNDECIDED:
+                self._keep((page ^ self.domain) & self.set_mask, (page << 19) | self.key, word)
+        if word == TR_UNDECIDED:
+            return _NOWHERE
+        size: cython.ulonglong = 1
+        size <<= 3 + 9 * ((word & TR_LEVEL_MASK) >> TR_LEVEL_SHIFT)
+        return (word >> 12 << 12) | (iova & (size - 1))
 
     def _cached(self, iova: cython.ulonglong) -> cython.ulonglong:
-        """The IOTLB's word for an access, 0 when it has none, _STOP when it is the rule's to decide."""
-        if iova >> self.width != 0:
-            return _STOP
+        """The IOTLB's word for an access, 0 when it has none, TR_UNDECIDED when it does not permit the access."""
         way: cython.Py_ssize_t = -1
-        level: cython.int
-        for level in range(1, 4):
-            if self.live[level] != 0:
-                page: cython.ulonglong = iova >> (3 + 9 * level)
-                first: cython.Py_ssize_t = ((page ^ self.domain) & self.set_mask) << self.way_bits
-                way = _probe(self.tags, first, self.ways, (page << 19) | (self.domain << 3) | level)
-                if way >= 0:
-                    break
-        if way < 0:
-            return 0
+        level: cython.int = 1
+        while way < 0:
+            if level > 3 or iova > self.last:
+                return 0
+            page: cython.ulonglong = iova >> (3 + 9 * level)
+            first: cython.Py_ssize_t = ((page ^ self.domain) & self.set_mask) * self.ways
+            way = _way(self.tags, first, self.ways, (page << 19) | (self.domain << 3) | level)
+            level += 1
         word: cython.ulonglong = self.values[way]
         if word & self.need != self.need:
-            return _STOP
+            return TR_UNDECIDED
         self.hits += 1
         self.iotlb.hit = way
-        if self.touch:
-            self.now += self.tick
-            self.stamps[way] = self.now | (way & (self.ways - 1))
+        if self.iotlb.touch:
+            self.iotlb._renew(way)
         return word
 
     def _walked(self, iova: cython.ulonglong) -> cython.ulonglong:
-        """The word that a short walk finds for an access that the IOTLB does not know, or _STOP."""
-        upper: cython.ulonglong = 0
+        """The word that a short walk finds for an access that the IOTLB does not know, or TR_UNDECIDED."""
+        if iova > self.last:
+            return TR_UNDECIDED
         span: cython.ulonglong = iova >> 21
-        way: cython.Py_ssize_t = self._known(span, 2)
+        set_: cython.Py_ssize_t = (span ^ self.domain) & self.psc_set_mask
+        way: cython.Py_ssize_t = _way(self.psc_tags, set_ * self.psc_ways, self.psc_ways, (span << 19) | self.psc_key)
+        upper: cython.ulonglong = 0
         if way >= 0:
             known: cython.ulonglong = self.psc_values[way]
         else:
-            way = self._known(iova >> 30, 3)
-            if way < 0:
-                return _STOP
-            upper = (self.psc_values[way] >> 12 << 9) + (span & 511)
-            known = self._below(self.words[upper], self.psc_values[way])
-            if known == _STOP:
-                return _STOP
+            if iova >> 30 != self.top and not self._find_top(iova):
+                return TR_UNDECIDED
+            upper = self.top_table + (span & 511)
+            known = self._below(self.words[upper])
         at: cython.ulonglong = (known >> 12 << 9) + ((iova >> 12) & 511)
-        entry: cython.ulonglong = self.words[at]
-        permissions: cython.ulonglong = self._permitted(entry, known)
-        if entry & self.present == 0 or permissions & self.need & (TR_READ | TR_WRITE) == 0:
-            return _STOP
-        if self.psc_touch:
-            self.psc_now += self.psc_tick
-            self.psc_stamps[way] = self.psc_now | (way & (self.psc_ways - 1))
-        if upper != 0:
-            self.longer += 1
+        word: cython.ulonglong = self._leaf(at, known)
+        if word == TR_UNDECIDED:
+            return TR_UNDECIDED
+        if self.mark != 0:
+            self.words[at] |= self.mark
+        if upper == 0:
+            self.once += 1
+            self._renew_table(way)
+        else:
             if self.accessed != 0:
                 self.words[upper] |= self.accessed
-            self._keep_table(span, known)
-        entry |= self.mark
-        if self.mark != 0:
-            self.words[at] = entry
-        if self.dirty == 0 or entry & self.dirty != 0:
-            permissions |= TR_DIRTY
-        word: cython.ulonglong = (entry & self.address) | (1 << TR_LEVEL_SHIFT) | permissions
-        self._keep(iova >> 12, word)
+            _fill_table(self, set_, (span << 19) | self.psc_key, known)
         return word
 
-    def _known(self, page: cython.ulonglong, level: cython.int) -> cython.Py_ssize_t:
-        """The way of the paging-structure cache that knows the table below ``page`` of ``level``, or -1."""
-        if self.psc_live[level] == 0:
-            return -1
-        first: cython.Py_ssize_t = ((page ^ self.domain) & self.psc_set_mask) << self.psc_way_bits
-        return _probe(self.psc_tags, first, self.psc_ways, (page << 19) | (self.domain << 3) | level)
+    def _find_top(self, iova: cython.ulonglong) -> cython.bint:
+        """Take the level-2 table of an address out of the paging-structure cache; whether it knows one."""
+        page: cython.ulonglong = iova >> 30
+        set_: cython.Py_ssize_t = (page ^ self.domain) & self.psc_set_mask
+        way: cython.Py_ssize_t = _way(
+            self.psc_tags, set_ * self.psc_ways, self.psc_ways, (page << 19) | (self.psc_key + 1)
+        )
+        if way < 0:
+            return False
+        self.top_set, self.top_way, self.top_word, self.top_newest = set_, way, self.psc_values[way], False
+        self.top = page if self.full else _NOWHERE
+        self.top_table = self.top_word >> 12 << 9
+        self.above_mask = self.above | self.large
+        if self.top_word & TR_BOTH != TR_BOTH:
+            self.above_mask = 0  # nothing below is plain
+        return True
 
-    def _below(self, entry: cython.ulonglong, permissions: cython.ulonglong) -> cython.ulonglong:
-        """The word for the level-1 table that a level-2 entry points to; _STOP when it points to none."""
+    def _below(self, entry: cython.ulonglong) -> cython.ulonglong:
+        """The word for the level-1 table that an entry of ``top`` points to; else TR_UNDECIDED, no permission."""
         table: cython.ulonglong = entry & self.address
         if entry & self.present == 0 or entry & self.large != 0 or table > self.highest:
-            return _STOP
-        return table | (1 << TR_LEVEL_SHIFT) | self._permitted(entry, permissions)
+            return TR_UNDECIDED
+        return table | TR_LEVEL_1 | self._permitted(entry, self.top_word)
+
+    def _leaf(self, at: cython.ulonglong, known: cython.ulonglong) -> cython.ulonglong:
+        """The word of the leaf at word index ``at`` of the table ``known``, its bits as if set, or TR_UNDECIDED."""
+        entry: cython.ulonglong = self.words[at]
+        permissions: cython.ulonglong = self._permitted(entry, known)
+        if entry & self.present == 0 or permissions & self.need & TR_BOTH == 0:
+            return TR_UNDECIDED
+        entry |= self.mark
+        if self.dirty == 0 or entry & self.dirty != 0:
+            permissions |= TR_DIRTY
+        return (entry & self.address) | TR_LEVEL_1 | permissions
 
     def _permitted(self, entry: cython.ulonglong, permissions: cython.ulonglong) -> cython.ulonglong:
         """What is left of ``permissions`` below ``entry``."""
-        permissions &= TR_READ | TR_WRITE
+        permissions &= TR_BOTH
         if entry & self.read_bit == 0:
             permissions &= TR_WRITE
         if entry & self.write_bit == 0:
             permissions &= TR_READ
         return permissions
 
-    def _keep(self, page: cython.ulonglong, word: cython.ulonglong) -> cython.void:
-        """Put a 4 KiB translation into the IOTLB, which does not hold one of that page."""
-        first: cython.Py_ssize_t = ((page ^ self.domain) & self.set_mask) << self.way_bits
-        way: cython.Py_ssize_t = _oldest(self.stamps, first, self.ways)
-        if self.tags[way] & 7 == 1:
-            self.evicted += 1
-        else:
-            _account(self.iotlb, self.live, self.tags[way], 1)
-        self.tags[way] = (page << 19) | (self.domain << 3) | 1
-        self.values[way] = word
-        self.now += self.tick
-        self.stamps[way] = self.now | (way - first)
+    def _renew_table(self, way: cython.Py_ssize_t) -> cython.void:
+        """Note the use of a table in the paging-structure cache."""
+        if self.psc.touch:
+            self.psc._renew(way)
+            self.top_newest = False
 
-    def _keep_table(self, page: cython.ulonglong, word: cython.ulonglong) -> cython.void:
-        """Put a level-1 table into the paging-structure cache, which does not hold one of that span."""
-        first: cython.Py_ssize_t = ((page ^ self.domain) & self.psc_set_mask) << self.psc_way_bits
-        way: cython.Py_ssize_t = _oldest(self.psc_stamps, first, self.psc_ways)
-        if self.psc_tags[way] & 7 == 2:
-            self.psc_evicted += 1
-        else:
-            _account(self.psc, self.psc_live, self.psc_tags[way], 2)
-        self.psc_tags[way] = (page << 19) | (self.domain << 3) | 2
-        self.psc_values[way] = word
-        self.psc_now += self.psc_tick
-        self.psc_stamps[way] = self.psc_now | (way - first)
+    def _renew_top(self) -> cython.void:
+        """Note the use of ``top`` where it may not be the newest of its set."""
+        if self.psc.touch:
+            self.psc._renew(self.top_way)
+
+    def _keep(self, set_: cython.Py_ssize_t, tag: cython.ulonglong, word: cython.ulonglong) -> cython.void:
+        """``_fill`` of an IOTLB that may have empty ways or larger pages."""
+        old: cython.ulonglong = self.tags[self.oldest[set_]]
+        if old & 7 != 1:
+            self.others += 1
+            _account(self.iotlb, self.live, old, 1)
+            self.full = self.ways == 8 and self.psc_ways == 4 and self.live[1] == self.iotlb.capacity
+        _fill(self, set_, tag, word)
+
+    def _replace_table(self, old: cython.ulonglong) -> cython.void:
+        """Account for a way of the paging-structure cache that takes a level-1 table and held none."""
+        self.psc_others += 1
+        _account(self.psc, self.psc_live, old, 2)
+        self.top = _NOWHERE  # it may be what gave room
 
 
-def _probe(
+# Steps of the loop that are functions outside the .pxd: nobody else can call them, so the compiler puts them in place.
+
+
+@cython.cfunc  # type: ignore[operator]
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _holds_8(lane: BatchLane, first: cython.Py_ssize_t, tag: cython.ulonglong) -> cython.bint:
+    """Whether the IOTLB's set at ``first``, of 8 ways, holds ``tag``."""
+    return (
+        lane.tags[first] == tag
+        or lane.tags[first + 1] == tag
+        or lane.tags[first + 2] == tag
+        or lane.tags[first + 3] == tag
+        or lane.tags[first + 4] == tag
+        or lane.tags[first + 5] == tag
+        or lane.tags[first + 6] == tag
+        or lane.tags[first + 7] == tag
+    )
+
+
+@cython.cfunc  # type: ignore[operator]
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _holds_4(lane: BatchLane, first: cython.Py_ssize_t, tag: cython.ulonglong) -> cython.bint:
+    """Whether the paging-structure cache's set at ``first``, of 4 ways, holds ``tag``."""
+    return (
+        lane.psc_tags[first] == tag
+        or lane.psc_tags[first + 1] == tag
+        or lane.psc_tags[first + 2] == tag
+        or lane.psc_tags[first + 3] == tag
+    )
+
+
+@cython.cfunc  # type: ignore[operator]
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _fill(lane: BatchLane, set_: cython.Py_ssize_t, tag: cython.ulonglong, word: cython.ulonglong) -> cython.void:
+    """Put a translation in place of the oldest of its set in the IOTLB."""
+    way: cython.Py_ssize_t = lane.oldest[set_]
+    lane.oldest[set_] = lane.newer[way]
+    lane.tags[way] = tag
+    lane.values[way] = word
+
+
+@cython.cfunc  # type: ignore[operator]
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _fill_table(
+    lane: BatchLane, set_: cython.Py_ssize_t, tag: cython.ulonglong, known: cython.ulonglong
+) -> cython.void:
+    """Note the use of ``top``, then put a level-1 table that it led to into the paging-structure cache."""
+    if not lane.top_newest:
+        lane._renew_top()
+    lane.top_newest = set_ != lane.top_set
+    way: cython.Py_ssize_t = lane.psc_oldest[set_]
+    lane.psc_oldest[set_] = lane.psc_newer[way]
+    if lane.psc_tags[way] & 7 != 2:
+        lane._replace_table(lane.psc_tags[way])
+    lane.psc_tags[way] = tag
+    lane.psc_values[way] = known
+
+
+def _way(
     tags: memoryview[int], first: cython.Py_ssize_t, ways: cython.Py_ssize_t, tag: cython.ulonglong
 ) -> cython.Py_ssize_t:
-    """The way from ``first`` that holds ``tag``, or -1. The usual numbers of ways have loops of fixed length."""
+    """The way from ``first`` that holds ``tag``, or -1; without a jump that depends on which."""
+    found: cython.Py_ssize_t = -1
     way: cython.Py_ssize_t
-    if ways == 8:
-        for way in range(8):
-            if tags[first + way] == tag:
-                return first + way
-    elif ways == 4:
-        for way in range(4):
-            if tags[first + way] == tag:
-                return first + way
-    else:
-        for way in range(ways):
-            if tags[first + way] == tag:
-                return first + way
-    return -1
-
-
-def _oldest(stamps: memoryview[int], first: cython.Py_ssize_t, ways: cython.Py_ssize_t) -> cython.Py_ssize_t:
-    """The way that gives room: the first empty one, else the one with the lowest stamp. One pass without a jump."""
-    lowest: cython.ulonglong = stamps[first]
-    way: cython.Py_ssize_t
-    if ways == 8:
-        for way in range(1, 8):
-            lowest = min(lowest, stamps[first + way])
-    elif ways == 4:
-        for way in range(1, 4):
-            lowest = min(lowest, stamps[first + way])
-    else:
-        for way in range(1, ways):
-            lowest = min(lowest, stamps[first + way])
-    return first + (lowest & (ways - 1))
+    for way in range(first, first + ways):
+        found = way if tags[way] == tag else found
+    return found
 
 
 def _account(cache: SetCache, live: memoryview[int], old: cython.ulonglong, level: cython.int) -> cython.void:

@@ -1,3 +1,13 @@
+cdef extern from *:
+    """
+    #if defined(__GNUC__)
+    #define dmakit_prefetch(address) __builtin_prefetch(address)
+    #else
+    #define dmakit_prefetch(address) ((void)(address))
+    #endif
+    """
+    void prefetch "dmakit_prefetch" (const void *address) noexcept nogil
+
 cdef class PhysicalMemory:
     cdef readonly unsigned long long span
     cdef readonly object view
