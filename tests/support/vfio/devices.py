@@ -125,11 +125,12 @@ class FakeDevice:
             raise
 
     def trigger(self, vector: int = 0) -> bool:
-        """An MSI or MSI-X message; False when nobody listens."""
+        """An MSI or MSI-X message, which is a write to memory: only a bus master sends it. False: use the line."""
         for index in (2, 1):
             fd = self.eventfds.get(index, {}).get(vector, -1)
             if fd >= 0:
-                os.eventfd_write(fd, 1)
+                if self.master:
+                    os.eventfd_write(fd, 1)
                 return True
         return False
 
