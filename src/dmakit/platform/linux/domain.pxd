@@ -8,6 +8,8 @@ cdef class HostDomain(Domain):
     cdef readonly ShadowMap shadow
     cdef readonly list ranges
     cdef bint interrupted
+    cdef unsigned long long low
+    cdef unsigned long long high
     cdef int _map(self, unsigned long long iova, unsigned long long phys, unsigned long long size, int prot,
                   int cpu=*) noexcept nogil
     cdef int _sync_map(self, unsigned long long iova, unsigned long long size, int cpu=*) noexcept nogil
@@ -19,6 +21,7 @@ cdef class HostDomain(Domain):
     cdef int _map_pieces(self, unsigned long long iova, unsigned long long phys, unsigned long long size,
                          int prot) noexcept with gil
     cdef int _put_off(self, object stop) noexcept
+    cdef bint _find_range(self, unsigned long long iova, unsigned long long size) except? -1
     cdef unsigned long long _take_back(self, unsigned long long iova, unsigned long long size) noexcept with gil
     cdef void _note(self, str name, unsigned long long first, unsigned long long second) noexcept with gil
     cdef void _note_unmap(self, unsigned long long iova, unsigned long long size,

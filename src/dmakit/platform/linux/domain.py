@@ -107,6 +107,7 @@ class HostDomain(Domain):
         self.source = source
         self.shadow = ShadowMap()
         self.ranges: list[tuple[int, int]] = []
+        self.low, self.high = 1, 0
         self.interrupted = False
 
     @property
@@ -124,6 +125,7 @@ class HostDomain(Domain):
                 gaps.append((at, first - at))
             at = last + 1
         self.aperture_end = max(at - 1, 0)
+        self.low, self.high = 1, 0
         self.capabilities = replace(self.capabilities, dirty=bool(self.backend.dirty))
         self.reserved = tuple(gaps)
         return self.ranges
@@ -242,7 +244,7 @@ class HostDomain(Domain):
         error: cython.int = 0
         self.failure = None
         try:
-            if not self._allowed(int(iova), int(size)):
+            if (iova < self.low or iova + (size - 1) > self.high) and not self._find_range(iova, size):
                 return -ERANGE
             for piece in self.source.resolve(int(phys), int(size)):
                 self.backend.map(int(iova + done), piece, int(prot))
@@ -265,8 +267,13 @@ class HostDomain(Domain):
         self._deliver()
         return error
 
-    def _allowed(self, iova: int, size: int) -> bool:
-        return any(first <= iova and iova + size - 1 <= last for first, last in self.ranges)
+    def _find_range(self, iova: cython.ulonglong, size: cython.ulonglong) -> cython.bint:
+        """Remember the allowed range that holds [iova, iova + size), for the next mapping; false when none does."""
+        for first, last in self.ranges:
+            if first <= iova and iova + (size - 1) <= last:
+                self.low, self.high = first, last
+                return True
+        return False
 
     def _put_off(self, stop: object) -> cython.int:
         """What is neither ours nor the host's: Ctrl-C comes back when the call is over, a defect is kept to be seen."""

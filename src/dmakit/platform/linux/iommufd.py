@@ -35,6 +35,8 @@ from dmakit.platform.linux.uapi import LAYOUTS
 
 IOMMU_FILE = "/dev/iommu"
 _ALL = (1 << 64) - 1
+_COPY, _UNMAP = LAYOUTS["iommu_ioas_copy"], LAYOUTS["iommu_ioas_unmap"]
+_REMOVED = _UNMAP.offsets["length"]
 
 
 class Iommufd:
@@ -108,12 +110,13 @@ class Iommufd:
 
     def copy(self, source: int, source_iova: int, ioas: int, iova: int, length: int, flags: int) -> None:
         """Map in ``ioas`` what is mapped in ``source``: the pages are shared."""
-        self.call("IOMMU_IOAS_COPY", "iommu_ioas_copy", flags=flags, dst_ioas_id=ioas, src_ioas_id=source,
-                  length=length, dst_iova=iova, src_iova=source_iova)  # fmt: skip
+        self.kernel.ioctl(self.fd, "IOMMU_IOAS_COPY", _COPY.row(flags, ioas, source, length, iova, source_iova))
 
     def unmap(self, ioas: int, iova: int, size: int) -> int:
         """Take away whole mappings; the bytes removed."""
-        return int(self.call("IOMMU_IOAS_UNMAP", "iommu_ioas_unmap", ioas_id=ioas, iova=iova, length=size).length)
+        data = _UNMAP.row(ioas, iova, size)
+        self.kernel.ioctl(self.fd, "IOMMU_IOAS_UNMAP", data)
+        return int.from_bytes(data[_REMOVED : _REMOVED + 8], "little")
 
     def close(self) -> None:
         """Close the file: every object and mapping goes with it."""
@@ -238,8 +241,11 @@ class Ioas:
     def unmap(self, iova: int, size: int) -> int:
         """Take away whole mappings; the bytes removed."""
         removed = self.iommufd.unmap(self.number, iova, size)
-        peers = drop_range(self.peers, iova, size)
-        self.pins.add(-drop_range(self.unstaged, iova, size) if self.staging() else peers - removed)
+        peers = drop_range(self.peers, iova, size) if self.peers else 0
+        if self.staging() is None:
+            self.pins.add(peers - removed)
+        elif self.unstaged:
+            self.pins.add(-drop_range(self.unstaged, iova, size))
         return removed
 
     def set_dirty(self, on: bool) -> None:

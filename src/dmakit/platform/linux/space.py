@@ -126,6 +126,7 @@ class SourceSpace:
         self.base = -(-address // HUGE_PAGE) * HUGE_PAGE
         self.memory = PhysicalMemory(span, memoryview(whole)[self.base - address : self.base - address + span])
         self.objects: list[MemoryObject] = []
+        self._last: MemoryObject | None = None
         self.ram_fd, self.huge = self._make_ram(ram, huge)
         self._add(MemoryObject(RAM_START, ram, "ram", self.base + RAM_START, self.ram_fd))
         self.memory.add_region(RAM_START, ram, "ram", 0, "RAM")
@@ -161,8 +162,11 @@ class SourceSpace:
 
     def object_at(self, phys: int) -> MemoryObject | None:
         """The object that holds ``phys``."""
+        if self._last is not None and self._last.start <= phys < self._last.end:
+            return self._last
         at = bisect.bisect_right(self.objects, phys, key=lambda entry: entry.start) - 1
-        return self.objects[at] if at >= 0 and phys < self.objects[at].end else None
+        self._last = self.objects[at] if at >= 0 and phys < self.objects[at].end else None
+        return self._last
 
     def resolve(self, phys: int, size: int) -> list[Piece]:
         """The pieces of [phys, phys + size), in order; MisuseError (EFAULT) where no object lies."""
@@ -211,6 +215,7 @@ class SourceSpace:
     def remove(self, gone: MemoryObject) -> None:
         """Take a BAR or a caller's memory out of the space."""
         self.objects.remove(gone)
+        self._last = None
         if gone.region is not None:
             self.memory.remove_region(gone.region)
             self.kernel.unmap_at(self.base + gone.start, gone.size)

@@ -26,6 +26,8 @@ from dmakit.platform.linux.space import Piece
 from dmakit.platform.linux.uapi import LAYOUTS
 
 CONTAINER = "/dev/vfio/vfio"
+_MAP, _UNMAP = LAYOUTS["vfio_iommu_type1_dma_map"], LAYOUTS["vfio_iommu_type1_dma_unmap"]
+_REMOVED = _UNMAP.offsets["size"]
 
 
 class Type1Container:
@@ -126,9 +128,7 @@ class Type1Container:
         if not peer:
             self.pins.check(piece.size, "VFIO_IOMMU_MAP_DMA")
         flags = (uapi.DMA_MAP_READ if prot & PROT_READ else 0) | (uapi.DMA_MAP_WRITE if prot & PROT_WRITE else 0)
-        layout = LAYOUTS["vfio_iommu_type1_dma_map"]
-        data = layout.pack(flags=flags, vaddr=piece.va, iova=iova, size=piece.size)
-        self.kernel.ioctl(self.fd, "VFIO_IOMMU_MAP_DMA", data)
+        self.kernel.ioctl(self.fd, "VFIO_IOMMU_MAP_DMA", _MAP.row(flags, piece.va, iova, piece.size))
         if self.left is not None:
             self.left -= 1
         if peer:
@@ -138,11 +138,10 @@ class Type1Container:
 
     def unmap(self, iova: int, size: int) -> int:
         """Take away the mappings of [iova, iova + size), which must cut none; the bytes removed."""
-        layout = LAYOUTS["vfio_iommu_type1_dma_unmap"]
-        data = layout.pack(iova=iova, size=size)
+        data = _UNMAP.row(0, iova, size)
         self.kernel.ioctl(self.fd, "VFIO_IOMMU_UNMAP_DMA", data)
-        removed = int(layout.unpack(data).size)
-        self.pins.add(drop_range(self.peers, iova, size) - removed)
+        removed = int.from_bytes(data[_REMOVED : _REMOVED + 8], "little")
+        self.pins.add((drop_range(self.peers, iova, size) if self.peers else 0) - removed)
         return removed
 
     # Dirty pages ---------------------------------------------------------------------------------------------
