@@ -11,10 +11,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``compare``."""
     labargs.configure(parser)
     parser.add_argument("--strategy", action="append", metavar="NAME", help="run only this strategy (repeatable)")
+    hardware = parser.add_argument_group("with --platform vfio:BDF")
+    hardware.add_argument("--yes", action="store_true", help="overwrite the first blocks of the namespace")
+    hardware.add_argument("--backend", choices=("auto", "iommufd", "type1"), default="auto", help="kernel interface")
+    hardware.add_argument("--nsid", type=int, default=1, metavar="N", help="namespace (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare and print; status 1 when any byte differs."""
+    return _run_on_hardware(args) if args.platform.startswith("vfio:") else _run(args)
+
+
+def _run_on_hardware(args: argparse.Namespace) -> int:
+    from dmakit.cli.output import check_json, write_json
+    from dmakit.lab.hardware import compare_on_hardware
+    from dmakit.lab.hardware_report import print_hardware
+
+    check_json(args.json)
+    target, source = labargs.target_of(args), labargs.source_of(args)
+    comparison = compare_on_hardware(source, target, _once(args.strategy), labargs.progress())
+    if args.json is not None:
+        write_json(comparison.report(), args.json)
+    if args.json != "-":
+        print_hardware(comparison)
+    return 1 if comparison.wrong else 0
+
+
+def _run(args: argparse.Namespace) -> int:
     from dmakit.cli.output import check_json, write_json
     from dmakit.errors import InputError
     from dmakit.lab.compare import compare

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dmakit.lab.hardware import Target
     from dmakit.lab.options import Options
     from dmakit.lab.rig import Source
 
 IOMMUS = ("vtd", "x86", "none")
 MODES = ("lazy", "strict", "passthrough")
 POLICIES = ("linux", "augmented")
+PLATFORMS = ("server", "embedded")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +45,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--p2p", nargs="?", const="bus", choices=("bus", "bridge"), help="buffers in a peer device's memory"
     )
     parser.add_argument("--no-sgl", action="store_true", help="the controller understands only PRPs")
-    parser.add_argument("--platform", choices=("server", "embedded"), default="server", help="a preset of the above")
+    parser.add_argument(
+        "--platform",
+        default="server",
+        metavar="server|embedded|vfio:BDF",
+        help="a preset of the above, or a real NVMe controller (compare only; its first blocks are lost)",
+    )
     parser.add_argument("--checker", action="store_true", help="run with the contract checker on")
     parser.add_argument("--json", metavar="PATH|-", help="write the result as JSON to a file, or - for standard output")
 
@@ -63,6 +70,8 @@ def options_of(args: argparse.Namespace) -> Options:
     from dmakit.lab.options import EMBEDDED
 
     base = base_options(args)
+    if args.platform not in PLATFORMS:
+        raise InputError(f"--platform {args.platform}: must be one of {', '.join(PLATFORMS)}, or for compare vfio:BDF")
     if args.iommu == "none" and args.mode == "lazy":
         raise InputError("--iommu none --mode lazy: without an IOMMU there is nothing to invalidate")
     if args.platform == "embedded":
@@ -84,6 +93,36 @@ def options_of(args: argparse.Namespace) -> Options:
         checker=args.checker,
     )
     return chosen.check()
+
+
+def target_of(args: argparse.Namespace) -> Target:
+    """The controller of ``--platform vfio:BDF``; InputError for options that only the software machine has."""
+    from dmakit.errors import InputError
+    from dmakit.lab.hardware import Target
+
+    where = f"--platform {args.platform}"
+    given = {
+        "--iommu": args.iommu,
+        "--mode": args.mode,
+        "--untrusted": args.untrusted,
+        "--no-coherent": args.no_coherent,
+        "--p2p": args.p2p,
+        "--defect": args.defect,
+        "--checker": args.checker,
+    }
+    for flag, value in given.items():
+        if value:
+            raise InputError(f"{where} {flag}: the host's IOMMU and its device are what they are")
+    if not args.yes:
+        raise InputError(f"{where}: writes on the controller's namespace {args.nsid}, from block 0 on: add --yes")
+    return Target(
+        args.platform.removeprefix("vfio:"),
+        backend=args.backend,
+        nsid=args.nsid,
+        sgl=not args.no_sgl,
+        seed=args.seed,
+        policy=args.policy or "linux",
+    )
 
 
 def explain_command(args: argparse.Namespace, options: Options) -> str:

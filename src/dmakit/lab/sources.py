@@ -36,6 +36,11 @@ class FioSource:
                 f"half of this host's {host >> 20} MiB: use a smaller bs, iodepth or jobs"
             )
         buffers = spec.iodepth * spec.jobs * (max(spec.block_sizes) + 4 * MIB)
+        unit = PAGE << spec.folio_order
+        pieces, piece = (
+            (-(-max(spec.block_sizes) // spec.piece), spec.piece) if spec.piece else (1, max(spec.block_sizes))
+        )
+        self.memory = 2 * spec.iodepth * spec.jobs * pieces * -(-(piece + spec.offset) // unit) * unit
         self.machine_options: dict[str, Any] = {
             "ram": -(-2 * buffers // GIB) * GIB + 4 * GIB,
             "fragmentation": spec.fragmentation,

@@ -1,0 +1,126 @@
+"""``compare`` on a real controller: here the model behind a fake host's VFIO, the same code as on hardware."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.support.vfio.devices import FakeNvme
+from tests.support.vfio.host import FakeHost
+
+from dmakit.cli import main
+from dmakit.errors import InputError
+from dmakit.lab.hardware import STRATEGIES, HardwareComparison, Target, compare_on_hardware
+from dmakit.lab.inputs import resolve
+from dmakit.lab.relocate import depth_of, memory_needed, moved
+from dmakit.lab.request_table import COMPLETE, SUBMIT, IoRequest, Layout, Requests
+from dmakit.lab.sources import source_of
+from dmakit.lab.workload import Workload
+from dmakit.memory.pages import PageAllocator
+from dmakit.memory.physical import PhysicalMemory
+from dmakit.nvme.namespace import Namespace
+
+BDF = "0000:00:04.0"
+
+
+def host(**options: Any) -> FakeHost:
+    return FakeHost([FakeNvme(BDF, namespaces=[Namespace(1, 16384)])], **options)
+
+
+def compared(kernel: FakeHost, text: str | None, names: list[str] | None = None, **options: Any) -> HardwareComparison:
+    return compare_on_hardware(source_of(resolve(text)), Target(BDF, kernel=kernel, **options), names)
+
+
+@pytest.mark.parametrize("backend", ["iommufd", "type1"])
+@pytest.mark.parametrize("sgl", [True, False])
+def test_every_strategy_moves_the_same_bytes(backend: str, sgl: bool) -> None:
+    kernel = host()
+    found = compared(kernel, "bs=4k+36k,iodepth=4,rw=rw,frag=1,offset=512,n=40", backend=backend, sgl=sgl)
+    assert [result.name for result in found.results] == list(STRATEGIES)
+    for result in found.results:
+        assert (result.wrong, result.failed, result.requests, result.unavailable) == (0, 0, 40, "")
+        assert result.size == found.results[0].size
+        assert result.ledger["inv_page"] is None
+        assert result.ledger["pte_set_1"] is None
+    assert found.backend == backend
+    assert kernel.left() == {"files": 0, "pinned": 0}
+
+
+def test_premap_makes_no_system_call_a_request() -> None:
+    found = compared(host(), "bs=16k,iodepth=2,frag=1,n=12")
+    page, premap, two_step = (found.named(name) for name in ("page", "premap", "two-step"))
+    assert page is not None and premap is not None and two_step is not None
+    assert (premap.ledger["domain_maps"], premap.ledger["domain_unmaps"]) == (0, 0)
+    assert page.ledger["domain_maps"] == 12 * 4
+    assert two_step.ledger["domain_maps"] == 12 * 4 + 1  # a page for PRP lists, once
+    assert two_step.ledger["iova_free_magazine"] == 12
+    assert premap.buffers == 2
+    assert list(two_step.paths.counts()) == ["two-step"]
+    assert list(premap.paths.counts()) == ["registered"]
+
+
+def test_bytes_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = 0
+    original = Namespace.read
+
+    def flipped(self: Namespace, *args: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        found = original(self, *args)
+        return bytes([found[0] ^ 1]) + found[1:] if reads == 3 else found
+
+    monkeypatch.setattr(Namespace, "read", flipped)
+    found = compared(host(), "bs=4k,iodepth=1,rw=read,n=8", ["page"])
+    assert found.wrong == 1
+    assert found.results[0].wrong == 1
+
+
+def test_a_recorded_trace_runs_on_pages_of_ours() -> None:
+    source = source_of(resolve(None))
+    recorded = source.place(None)  # type: ignore[arg-type]
+    memory = PhysicalMemory(1 << 30)
+    memory.add_region(1 << 20, 1 << 29)
+    there = moved(recorded, PageAllocator(memory, 1 << 20, 1 << 29))
+    assert memory_needed(recorded) <= 1 << 29
+    for old, new in zip(recorded.requests, there.requests, strict=True):
+        assert [size for _, size in old.segments] == [size for _, size in new.segments]
+        assert [phys % 4096 for phys, _ in old.segments] == [phys % 4096 for phys, _ in new.segments]
+        joins = [[a + n == b for (a, n), (b, _) in zip(r.segments, r.segments[1:], strict=False)] for r in (old, new)]
+        assert joins[0] == joins[1]
+    assert list(there.schedule) == list(recorded.schedule)
+
+
+def test_neighbours_stay_neighbours_and_strangers_strangers() -> None:
+    memory = PhysicalMemory(1 << 26)
+    memory.add_region(1 << 20, 1 << 25)
+    requests = Requests([IoRequest(0, "read", Layout.of(((0x5000_0200, 0x1E00), (0x7000_0000, 0x1000))))])
+    workload = Workload("two runs", requests, [(SUBMIT, 0), (COMPLETE, 0)])
+    there = moved(workload, PageAllocator(memory, 1 << 20, 1 << 25))
+    assert there.requests[0].segments == ((0x10_0200, 0x1E00), (0x10_3000, 0x1000))
+    assert depth_of(workload) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--platform", "vfio:" + BDF],
+         f"--platform vfio:{BDF}: writes on the controller's namespace 1, from block 0 on: add --yes"),
+        (["--platform", "vfio:" + BDF, "--yes", "--mode", "lazy"],
+         f"--platform vfio:{BDF} --mode: the host's IOMMU and its device are what they are"),
+        (["--platform", "mainframe"], "--platform mainframe: must be one of server, embedded, or for compare vfio:BDF"),
+        (["--platform", "vfio:" + BDF, "--yes", "--strategy", "direct"],
+         "--strategy direct: on hardware it must be one of page, sg, two-step, premap"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["compare", *words]) == 2
+    assert capsys.readouterr().err == f"dmakit: {message}\n"
+
+
+def test_a_namespace_that_is_too_small_is_refused() -> None:
+    kernel = FakeHost([FakeNvme(BDF, namespaces=[Namespace(1, 64)])])
+    with pytest.raises(
+        InputError, match="the namespace has 64 blocks, and 8 requests in flight of 65536 bytes need 1024"
+    ):
+        compared(kernel, "bs=64k,iodepth=8,n=16")
+    assert kernel.left() == {"files": 0, "pinned": 0}
