@@ -129,7 +129,8 @@ def test_the_report_names_what_was_refused_and_lost(capsys: pytest.CaptureFixtur
     record._report(outcome, "all")
     assert capsys.readouterr().err.splitlines() == [
         "dmakit: 5 events in 1.2 s on 2 CPUs: x.txt (99 bytes)",
-        "dmakit: no boot-time probes (dmakit record --boot-line): replay adopts what was allocated before",
+        "dmakit: neither boot-time probes (dmakit record --boot-line) nor a --fresh domain: "
+        "replay adopts what was allocated before",
         "dmakit: not recorded: alloc_iova_fast: no",
         "dmakit: without them, replay: everything",
         "dmakit: INCOMPLETE: 7 events lost (CPU 0: 7 dropped)",

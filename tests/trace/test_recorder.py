@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from dmakit.errors import HostError, InputError, UnsupportedError
 from dmakit.failpoint import FailPoint
 from dmakit.trace.columns import load
+from dmakit.trace.fresh_domain import FreshDomain
 from dmakit.trace.probes import ALLOCATOR, MAPPING
 from dmakit.trace.recorder import Order, Outcome, Recorder
 from dmakit.trace.replay import replay_file
@@ -438,6 +439,68 @@ def test_a_command_is_asked_to_end_when_we_are(tmp_path: Path, program: str, num
     outcome = recorder.run()
     assert (outcome.status, outcome.signal) == (status, number)
     clean(world)
+
+
+# A fresh domain -------------------------------------------------------------------------------------------------------
+
+
+def group(root: Path, kind: str = "DMA-FQ", driver: str = "") -> Path:
+    path = root / "sys/kernel/iommu_groups/7"
+    (path / "devices/0000:00:04.0").mkdir(parents=True)
+    (path / "type").write_text(f"{kind}\n")
+    if driver:
+        (root / "drivers" / driver).mkdir(parents=True)
+        (path / "devices/0000:00:04.0/driver").symlink_to(root / "drivers" / driver)
+    return path
+
+
+def test_a_fresh_domain_is_made_inside_the_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = group(tmp_path)
+    world = busy(World(tmp_path))
+    written: list[tuple[bytes, str]] = []
+    write = os.write
+
+    def noted(fd: int, data: bytes) -> int:
+        if Path(f"/proc/self/fd/{fd}").readlink() == path / "type":
+            written.append((data, world.fs.instances["dmakit0"].files["tracing_on"]))
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", noted)
+    world.record(fresh=(FreshDomain("0000:00:04.0", tmp_path),))
+    assert written == [(b"identity", "1"), (b"DMA-FQ", "1")]
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "driver", "message"),
+    [
+        ("0000:00:05.0", "DMA", "", "no device of this name is in an IOMMU group"),
+        ("../x", "DMA", "", "no device of this name is in an IOMMU group"),
+        ("0000:00:04.0", "identity", "", "its domain is of type identity: no IOVA is allocated in it"),
+        (
+            "0000:00:04.0", "DMA", "nvme",
+            "0000:00:04.0 of its group is bound to nvme: unbind it first, and bind it again in the recorded command",
+        ),
+    ],
+)  # fmt: skip
+def test_a_domain_that_cannot_be_made_anew_is_refused(
+    tmp_path: Path, device: str, kind: str, driver: str, message: str
+) -> None:
+    group(tmp_path, kind, driver)
+    world = World(tmp_path)
+    with pytest.raises(InputError) as caught:
+        world.record(fresh=(FreshDomain(device, tmp_path),))
+    assert str(caught.value) == f"--fresh {device}: {message}"
+    clean(world)
+
+
+def test_a_kernel_that_refuses_the_type_is_quoted(tmp_path: Path) -> None:
+    path = group(tmp_path)
+    fresh = FreshDomain("0000:00:04.0", tmp_path)
+    fresh.check()
+    (path / "type").unlink()
+    with pytest.raises(HostError) as caught:
+        fresh.renew()
+    assert str(caught.value) == f"{path}/type: write identity: No such file or directory"
 
 
 # Input --------------------------------------------------------------------------------------------------------------

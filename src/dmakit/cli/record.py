@@ -40,6 +40,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream", action="store_true", help="empty the buffers while recording: for long recordings")
     parser.add_argument("--device", default="", metavar="NAME", help="mapping events of one device only (0000:01:00.0)")
     parser.add_argument(
+        "--fresh", metavar="NAME", action="append", default=[],
+        help="make this device's IOMMU domain anew inside the recording (it has no driver, the command binds it): "
+        "the replay is exact without boot-time probes; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
         "--only", default="all", choices=("all", "replay", "compare", "calls"),
         help="the events for one verb; 'calls': also those that replay --calls looks at (default: all)",
     )  # fmt: skip
@@ -73,13 +78,14 @@ def run(args: argparse.Namespace) -> int:
     fs = find_tracefs(args.tracefs)
     facts = {"dmakit": dmakit.__version__, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     outcome = Recorder(fs, order, facts | machine_facts(), progress=_progress()).run()
-    _report(outcome, args.only)
+    _report(outcome, args.only, bool(args.fresh))
     if args.json is not None:
         write_json(outcome.as_json(), args.json)
     return _status(outcome)
 
 
 def _order(args: argparse.Namespace) -> Order:
+    from dmakit.trace.fresh_domain import FreshDomain
     from dmakit.trace.recorder import Order
     from dmakit.units import parse_size
 
@@ -93,6 +99,7 @@ def _order(args: argparse.Namespace) -> Order:
         device=args.device,
         events=args.only,
         force=args.force,
+        fresh=tuple(map(FreshDomain, args.fresh)),
     )
 
 
@@ -117,7 +124,7 @@ def _progress() -> Callable[[str, float], None]:
     return show
 
 
-def _report(outcome: Outcome, only: str) -> None:
+def _report(outcome: Outcome, only: str, fresh: bool = False) -> None:
     """What was recorded, what is missing and what to do next, on standard error: standard output is the command's."""
     account = outcome.account
     lines = [
@@ -126,8 +133,11 @@ def _report(outcome: Outcome, only: str) -> None:
     ]
     if outcome.boot:
         lines.append(f"dmakit: {outcome.boot}: the set-up of the domains, from boot-time probes")
-    elif only in ("all", "calls", "replay"):
-        lines.append("dmakit: no boot-time probes (dmakit record --boot-line): replay adopts what was allocated before")
+    elif only in ("all", "calls", "replay") and not fresh:
+        lines.append(
+            "dmakit: neither boot-time probes (dmakit record --boot-line) nor a --fresh domain: "
+            "replay adopts what was allocated before"
+        )
     lines += [f"dmakit: {note}" for note in outcome.notes]
     lines += _refusals(outcome)
     if not account.complete:

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 from dmakit.errors import HostError, InputError, UnsupportedError
 from dmakit.trace.boot import boot_name
 from dmakit.trace.events import EVENTS, NEEDS, missing_events
+from dmakit.trace.fresh_domain import FreshDomain
 from dmakit.trace.loss import Account, Marker
 from dmakit.trace.probes import ALLOCATOR, INVALIDATION, MAPPING, STATIC, STATIC_CALLS, Probe
 from dmakit.trace.recording import check_output, head, new_file, tail
@@ -62,6 +63,7 @@ class Order:
     device: str = ""
     events: str = "all"
     force: bool = False
+    fresh: tuple[FreshDomain, ...] = ()
 
     def check(self) -> None:
         """InputError for what no recording can do."""
@@ -72,6 +74,8 @@ class Order:
             raise InputError(f"--buffer {self.buffer}: must be at least 16K")
         if '"' in self.device or "\n" in self.device:
             raise InputError(f"--device {self.device!r}: is no device name")
+        for domain in self.fresh:
+            domain.check()
 
 
 @dataclass
@@ -197,6 +201,8 @@ class Recorder:
             session.switch(True)
             boot = self._boot_part(session, mark)
             began = self.now()
+            for domain in order.fresh:
+                domain.renew()
             workload.start()
             self._watch(session, workload, signals, sink if order.stream else None, marker)
             self.account.switched_off = not session.recording
