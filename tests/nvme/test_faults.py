@@ -220,7 +220,7 @@ fault = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(faults=st.lists(fault, max_size=5), entries=st.integers(2, 16), count=st.integers(1, 24))
 def test_whatever_happens_every_request_ends_once_and_nothing_leaks(
     faults: list[Fault], entries: int, count: int

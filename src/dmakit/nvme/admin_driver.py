@@ -48,7 +48,8 @@ from dmakit.nvme.transport import Transport
 ADMIN_ENTRIES = 32
 ADMIN_TIMEOUT_NS = 60_000_000_000
 SHUTDOWN_TIMEOUT_NS = 5_000_000_000
-SLICE_NS = 1_000_000
+STATUS_NS = 1_000_000  # between looks at CSTS
+WAIT_NS = 10_000_000  # for a sign of a command's end
 _LOG_BYTES = 512
 _BURST_EVENTS = 64
 
@@ -111,7 +112,7 @@ class AdminDriver:
                 raise failure(transport, what, 5)
             if transport.now() >= end:
                 raise failure(transport, f"{what}: no answer within {timeout_ns / 1e9:g} s")
-            transport.wait(SLICE_NS)
+            transport.wait(STATUS_NS)
 
     def enable(self) -> None:
         """Bring the controller to ready with the admin queues."""
@@ -180,7 +181,7 @@ class AdminDriver:
                 raise failure(self.transport, f"{what}: no completion", 5)
             if self.transport.now() >= end:
                 raise failure(self.transport, f"{what}: no completion within {limit / 1e9:g} s")
-            self.transport.wait(SLICE_NS)
+            self.transport.wait(WAIT_NS)
 
     def _drain(self, wanted: Command | None) -> Completion | None:
         """Take what is there: the completion of ``wanted`` if it has come, events on the way."""

@@ -24,7 +24,7 @@ from dmakit.block.limits import SECTOR_SHIFT, QueueLimits, nvme_limits
 from dmakit.block.request import Request
 from dmakit.block.status import BlkStatus
 from dmakit.errors import DmakitError, HostError, MisuseError, UnsupportedError
-from dmakit.nvme.admin_driver import ADMIN_TIMEOUT_NS, SLICE_NS, AdminDriver, CommandFailed
+from dmakit.nvme.admin_driver import ADMIN_TIMEOUT_NS, AdminDriver, CommandFailed
 from dmakit.nvme.commands import Done, Flight, blk_status_of, build
 from dmakit.nvme.identify import ControllerFacts, NamespaceFacts
 from dmakit.nvme.iod import FAST_PATHS, PATHS, Iod
@@ -39,6 +39,7 @@ from dmakit.nvme.transport import Transport
 from dmakit.reasons import PathLog, Reason
 
 IO_TIMEOUT_NS = 30_000_000_000
+WAIT_NS = 10_000_000
 DRAIN_NS = 1_000_000_000
 LEAVE_NS = 5_000_000_000
 RETRIES = 3
@@ -401,7 +402,7 @@ class NvmeDriver:
             finished += self.progress()
         return finished
 
-    def progress(self, wait_ns: int = SLICE_NS) -> list[Done]:
+    def progress(self, wait_ns: int = WAIT_NS) -> list[Done]:
         """Completions; when there are none waits up to ``wait_ns`` for some, and sees after the controller's health."""
         finished = self.poll()
         if not finished and self.dead is None:

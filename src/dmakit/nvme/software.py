@@ -52,6 +52,7 @@ class SoftHost:
     ) -> None:
         self.machine = machine if machine is not None else Machine(ram="512M")
         self.device = self.machine.device(f"nvme{len(self.machine.devices)}")
+        self._own = namespaces is None
         spaces = namespaces if namespaces is not None else [Namespace(1, BLOCKS)]
         self.model = build(self.device.port, spaces, **model)
         self.transport: Transport = ModelTransport(self.model, self.device)
@@ -70,7 +71,8 @@ class SoftHost:
         return buffer, memoryview(self.machine.memory.data)[phys : phys + size]
 
     def close(self) -> None:
-        """The device leaves, the model's backing goes."""
+        """The device leaves; the backing goes with it unless the namespaces were given."""
         self.device.release()
         self.machine.devices.remove(self.device)
-        self.model.close()
+        if self._own:
+            self.model.close()
