@@ -17,6 +17,7 @@ from dmakit.platform.linux.iommufd import Ioas, Iommufd
 from dmakit.platform.linux.kernel import Kernel, address_of
 from dmakit.platform.linux.limits import PinLedger
 from dmakit.platform.linux.space import SourceSpace
+from dmakit.platform.linux.uapi import OPTION_HUGE_PAGES, OPTION_SET
 
 PAGE = 4096
 TEST_COMMAND = 0x3BA0
@@ -39,6 +40,8 @@ def test_hardware_dirty_tracking() -> None:
     space = SourceSpace(kernel, 4 << 20, bar_window=1 << 30, user_window=1 << 30)
     iommufd = Iommufd(kernel)
     backend = Ioas(iommufd, PinLedger(kernel), lambda: None)
+    # One dirty entry marks its whole size, and contiguous memory gets larger entries: ask for pages.
+    iommufd.call("IOMMU_OPTION", "iommu_option", option_id=OPTION_HUGE_PAGES, op=OPTION_SET, object_id=backend.number)
     stdev, _, device = struct.unpack_from("=III", command(iommufd.fd, MOCK_DOMAIN_FLAGS, backend.number, bytes(16)), 16)
     assert iommufd.tracks_dirty(device)
     table = backend.attach_target(device)
