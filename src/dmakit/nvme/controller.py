@@ -24,9 +24,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dmakit.block.request import Request
-from dmakit.errors import DmakitError, MisuseError
+from dmakit.errors import DmakitError, MisuseError, UnsupportedError
 from dmakit.nvme.batch import BatchQueue
 from dmakit.nvme.buffers import DmaBuffer
+from dmakit.nvme.cmb import enable, locate
 from dmakit.nvme.driver import NvmeDriver
 from dmakit.nvme.handle import Namespace
 from dmakit.nvme.identify import ControllerFacts
@@ -129,6 +130,23 @@ class Controller:
                 memory.release()
                 raise
             mapper.add(registration)
+        buffer = DmaBuffer(memory, view, registration, self._forget)
+        self.buffers.add(buffer)
+        return buffer
+
+    def memory_buffer(self) -> DmaBuffer:
+        """The controller's own memory (CMB) as a buffer: I/O on it stays inside the controller. ``premap`` only.
+
+        UnsupportedError when there is none. Free it before another is made; a reset switches it off: free it then.
+        """
+        self._check()
+        mapper, transport = self.driver.mapper, self.driver.transport
+        if not isinstance(mapper, PremapMapper):
+            raise UnsupportedError(f"memory buffer: is registered memory, and the strategy is {self.driver.strategy}")
+        memory, registration = enable(transport, locate(transport, self.driver.started().capabilities))
+        mapper.add(registration)
+        ((start, size),) = memory.ranges
+        view = memoryview(self.driver.device.memory.data)[start : start + size]
         buffer = DmaBuffer(memory, view, registration, self._forget)
         self.buffers.add(buffer)
         return buffer

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dmakit.consts import PAGE_SIZE
+from dmakit.errors import UnsupportedError
+from dmakit.nvme.busmaster import CMB_BAR
 from dmakit.nvme.coherent import DeviceSource
 
 if TYPE_CHECKING:
@@ -74,6 +76,9 @@ class Transport(Protocol):
     def pages(self) -> CoherentSource:
         """Pages for descriptor lists."""
 
+    def bar_memory(self, index: int) -> tuple[int, int]:
+        """(phys, size) of a BAR that holds memory; UnsupportedError when there is none."""
+
     def now(self) -> int:
         """ns on a clock that only runs forward."""
 
@@ -131,6 +136,13 @@ class ModelTransport:
     def pages(self) -> CoherentSource:
         """Pages of coherent memory of the device."""
         return DeviceSource(self.device)
+
+    def bar_memory(self, index: int) -> tuple[int, int]:
+        """The model's memory buffer."""
+        buffer = self.controller.port.buffer
+        if buffer is None or index != CMB_BAR:
+            raise UnsupportedError(f"{self.name}: has no memory in BAR {index}")
+        return buffer.start, buffer.size
 
     def now(self) -> int:
         """The machine's virtual time."""

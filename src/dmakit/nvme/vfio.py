@@ -67,6 +67,11 @@ class VfioTransport:
         """Pages of the same."""
         return DeviceSource(self.device)
 
+    def bar_memory(self, index: int) -> tuple[int, int]:
+        """A mapped BAR, in the machine's source space."""
+        region = self.pci.bar(index)
+        return region.phys, region.size
+
     def now(self) -> int:
         """The host's monotonic clock."""
         return time.monotonic_ns()
