@@ -12,12 +12,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tools.vm import cpio, guest, kernels, machine, parts, run, store
-from tools.vm.__main__ import machine_of, parser
+from tools.vm.__main__ import build, machine_of, parser
 from tools.vm.store import Part, VmError, Workshop, digest
 
 
@@ -206,6 +207,34 @@ def test_options_make_the_machine() -> None:
     assert args.command == ["ls", "-l"]
     expected = machine.Machine("debian", "amd", 2, 64, "", True, True, extra=("-device", "e1000"))
     assert machine_of(args) == expected
+
+
+def test_an_unknown_part_is_refused() -> None:
+    with pytest.raises(VmError, match="^nonsense is no part of the VM; parts: qemu, toolchain, "):
+        build(["debian"], "nonsense")
+
+
+def test_the_kernel_is_compiled_beside_the_rest(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    child = SimpleNamespace(wait=lambda: order.append("waited") or 0, poll=lambda: 0)
+    monkeypatch.setattr(Part, "ensure", lambda part: order.append(part.name))
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: order.append(command[-1]) or child)
+    build(["iommufd", "debian"], None)
+    expected = [
+        "toolchain",
+        "kernel-iommufd",
+        "qemu",
+        "toolchain",
+        "packages",
+        "image",
+        "core",
+        "kernel-debian",
+        "waited",
+    ]
+    assert order == expected
+    child.wait = lambda: 1
+    with pytest.raises(VmError, match="^kernel-iommufd was not built: see above$"):
+        build(["iommufd"], None)
 
 
 def test_the_kernels_configuration_asks_for_each_thing_once() -> None:

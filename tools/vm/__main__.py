@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tools.vm import run as runner
 from tools.vm.machine import KERNELS, VARIANTS, Machine
-from tools.vm.store import VmError, cache_folder, clean, say
+from tools.vm.parts import ROOT
+from tools.vm.store import PLAIN, Part, VmError, cache_folder, clean, say
+
+COMPILED = "kernel-iommufd"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", required=True)
     build = verbs.add_parser("build", help="build what a boot needs and keep it")
     build.add_argument("--kernel", choices=KERNELS, action="append", help="this kernel only (default: both)")
+    build.add_argument("--only", metavar="PART", help="this part only, e.g. kernel-iommufd")
     for name, text in (("run", "boot, run a command in the guest, power off"), ("shell", "boot to a shell")):
         verb = verbs.add_parser(name, help=text)
         add_machine(verb)
@@ -52,17 +58,41 @@ def machine_of(args: argparse.Namespace) -> Machine:
     return Machine(**{name: getattr(args, name) for name in names}, extra=tuple(args.qemu))
 
 
-def build(kernels: list[str]) -> None:
-    """Everything for these kernels."""
-    for part in {part.path: part for name in kernels for part in runner.needed(name)}.values():
-        part.ensure()
+def every(kernels: Sequence[str]) -> dict[str, Part]:
+    """The parts of these kernels' boots by name, in the order in which they need each other."""
+    return {part.name: part for name in kernels for part in runner.needed(name)}
+
+
+def build(kernels: Sequence[str], only: str | None) -> None:
+    """Everything for these kernels; the kernel that is compiled in a process beside the one that fetches the rest."""
+    wanted = every(kernels)
+    if only is not None:
+        if only not in wanted:
+            raise VmError(f"{only} is no part of the VM; parts: {', '.join(wanted)}")
+        wanted[only].ensure()
+        return
+    beside = None
+    if COMPILED in wanted and not wanted[COMPILED].built:
+        wanted["toolchain"].ensure()
+        command = [sys.executable, "-m", "tools.vm", "build", "--only", COMPILED]
+        beside = subprocess.Popen(command, cwd=ROOT, env={**os.environ, PLAIN: "1"})
+    try:
+        for name, part in wanted.items():
+            if name != COMPILED:
+                part.ensure()
+        if beside and beside.wait():
+            raise VmError(f"{COMPILED} was not built: see above")
+    finally:
+        if beside and beside.poll() is None:
+            beside.terminate()
+            beside.wait()
     say(f"ready in {cache_folder()}")
 
 
 def status() -> None:
     """One line a part."""
-    for path, part in {part.path: part for name in KERNELS for part in runner.needed(name)}.items():
-        print(f"{'built  ' if part.built else 'missing'} {path}")
+    for part in every(KERNELS).values():
+        print(f"{'built  ' if part.built else 'missing'} {part.path}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,11 +120,11 @@ def main() -> int:
             print("a shell in the guest; `exit` or Ctrl-D powers off", file=sys.stderr)
             runner.boot(machine_of(args), ["bash", "-i"], out=args.out, terminal=True)
         elif args.verb == "build":
-            build(args.kernel or list(KERNELS))
+            build(args.kernel or KERNELS, args.only)
         elif args.verb == "status":
             status()
         else:
-            kept = {part.path for name in KERNELS for part in runner.needed(name)}
+            kept = {part.path for part in every(KERNELS).values()}
             print("\n".join(f"removed {path}" for path in clean(kept)))
     except VmError as error:
         print(f"dmakit vm: {error}", file=sys.stderr)

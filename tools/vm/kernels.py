@@ -28,9 +28,10 @@ def _download(shop: Workshop, pattern: str, rest: str = '"$name"') -> Path:
     """Fetch the newest package of the series (``%s`` in the pattern), and ``rest`` of it; unpacked below the result."""
     debs, tree = shop.work / "debs", shop.work / "tree"
     debs.mkdir(exist_ok=True)
+    series, newest = (pattern % text for text in (SERIES.replace(".", "[.]"), "[0-9]+[.][0-9]+"))
     script = (
-        f"{NEWEST} cd /work/debs; apt-get -qq update; name=$(newest '^{pattern % SERIES.replace('.', '[.]')}$');"
-        f" [ \"$name\" ] || name=$(newest '^{pattern % '[0-9]+[.][0-9]+'}$'); apt-get -qq download {rest}"
+        f"{NEWEST} cd /work/debs; exec 9>/var/lib/apt/in-use; flock 9; apt-get -qq update;"
+        f" name=$(newest '^{series}$'); [ \"$name\" ] || name=$(newest '^{newest}$'); apt-get -qq download {rest}"
     )
     shop.step("downloading", debian.inside(toolchain().ensure(), script, debs=debs))
     for deb in sorted(debs.glob("*.deb")):

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+PLAIN = "DMAKIT_VM_PLAIN"  # set: no line that is redrawn (two processes share the terminal)
+
 
 class VmError(Exception):
     """The VM cannot be built or run; the text says why and what helps."""
@@ -153,7 +155,7 @@ class Progress:
 
     def __init__(self, title: str) -> None:
         self.title, self.started, self.lines = title, time.monotonic(), 0
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr.isatty() and PLAIN not in os.environ
         self.shown = self.started
 
     def show(self) -> None:
