@@ -36,7 +36,7 @@ class Boot:
 
 GUEST = ("tests/vm/guest",)
 # What must hold on the guest's Python and processor as well, on the software machine.
-PORTABLE = ("tests/ground", "tests/memory", "tests/iova", "tests/dma", "tests/platform", "tests/nvme")
+PORTABLE = ("tests/memory", "tests/dma")
 LEVELS = ("quick", "ci", "full")
 CI_ON_DEBIAN = ("vtd-lazy", "amd")
 

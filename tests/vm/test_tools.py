@@ -195,6 +195,25 @@ def test_a_command_that_does_not_end_is_killed_at_its_time(tmp_path: Path) -> No
     assert time.monotonic() - started < 10
 
 
+def test_a_command_dies_with_its_caller(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from tools.vm import run\n"
+        "script = 'echo $$ >pid.new; mv pid.new pid; exec sleep 1000'; os.chdir(sys.argv[1])\n"
+        "run._watch(['sh', '-c', script], Path(sys.argv[1]), 1000, None, False)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(parts.ROOT)}
+    caller = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment)
+    end = time.monotonic() + 20
+    while not (tmp_path / "pid").exists():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    caller.kill()
+    caller.wait()
+    while alive(int((tmp_path / "pid").read_text())):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_the_status_is_the_one_that_the_guest_wrote(tmp_path: Path) -> None:
     (tmp_path / "share").mkdir()
     result = run._watch(["sh", "-c", f"echo 42 >{tmp_path}/share/status; exit 1"], tmp_path, 10, None, False)

@@ -77,7 +77,6 @@ def command(machine: Machine, kernel: Path, initrd: Path, shares: dict[str, Path
         str(root / "usr/share/seabios"),
     ]
     argv += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"]
-    argv += ["-run-with", "exit-with-parent=on"]
     argv += [
         "-machine",
         "q35,kernel-irqchip=split,memory-backend=ram",

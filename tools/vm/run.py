@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import shutil
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tools.vm import guest, parts
@@ -19,6 +21,8 @@ from tools.vm import machine as machines
 from tools.vm.kernels import kernel
 from tools.vm.store import Part, end_group
 
+LIBC = ctypes.CDLL(None, use_errno=True)
+PR_SET_PDEATHSIG = 1
 TIMED_OUT = 124  # the status that timeout(1) uses
 
 
@@ -84,7 +88,9 @@ def _watch(
     with (scratch / "qemu.log").open("wb") as log:
         pipe = None if terminal else subprocess.PIPE
         stdin = None if terminal else subprocess.DEVNULL
-        child = subprocess.Popen(argv, stdin=stdin, stdout=pipe, stderr=log, start_new_session=not terminal)
+        die = partial(_die_with, os.getpid())
+        own = not terminal
+        child = subprocess.Popen(argv, stdin=stdin, stdout=pipe, stderr=log, start_new_session=own, preexec_fn=die)
         try:
             if child.stdout is None:
                 child.wait()
@@ -98,6 +104,16 @@ def _watch(
     console = _text(scratch / "console") + _text(scratch / "qemu.log")
     known = int(status.read_text()) if status.exists() and status.read_text().strip() else None
     return Result(known, output.decode(errors="replace"), console, time.monotonic() - started, late)
+
+
+def _die_with(parent: int) -> None:
+    """In the child, before QEMU: be killed when the parent goes, or end now if it has gone.
+
+    QEMU's own exit-with-parent would begin when it has started up, too late for a parent that is killed at once.
+    """
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _stream(fd: int, deadline: float, output: bytearray, sink: Callable[[bytes], object] | None) -> bool:

@@ -53,6 +53,7 @@ def test_doctor_sees_what_the_machine_has() -> None:
         "VFIO type1": "yes",
         "iommufd": "yes" if KERNEL == "iommufd" else "no",
         "PAGEMAP_SCAN": "yes",
+        "CPU dirty tracking": "yes",
         "io_uring": "yes",
         "tracefs": "yes",
     }
