@@ -18,6 +18,7 @@ from dmakit.nvme.commands import Done
 from dmakit.nvme.driver import NvmeDriver
 from dmakit.nvme.faults import FAULTS, Fault, FaultyModel
 from dmakit.nvme.namespace import Namespace
+from dmakit.nvme.operation import Operation
 from dmakit.nvme.registers import ControllerError
 from dmakit.nvme.spec import Status
 from dmakit.nvme.transport import ModelTransport
@@ -225,7 +226,7 @@ fault = st.builds(
 def test_whatever_happens_every_request_ends_once_and_nothing_leaks(
     faults: list[Fault], entries: int, count: int
 ) -> None:
-    rig = Rig(*(Fault(f.kind, f.at, f.count, f.value & 0x7FFF or 1 if f.kind == "status" else f.value) for f in faults),
+    rig = Rig(*(Fault(f.kind, f.at, f.count, f.value & 0x7FF or 1 if f.kind == "status" else f.value) for f in faults),
               start=False, entries=entries, retries=2)  # fmt: skip
     try:
         rig.driver.start()
@@ -246,4 +247,15 @@ def test_whatever_happens_every_request_ends_once_and_nothing_leaks(
     except ControllerError as error:
         assert error.registers or "0x" in str(error)
     assert rig.machine.clock.now < 600 * SECOND
+    rig.leave()
+
+
+def test_a_success_with_a_hint_beside_it_is_a_success() -> None:
+    """Status code 0 with the More bit (13): there is something in the error log, and the command went well."""
+    rig = Rig(Fault("status", value=0x2000))
+    (done,) = rig.driver.execute([Request(Op.FLUSH)])
+    assert (done.status, done.blk_status, done.error, done.text) == (0x2000, BlkStatus.OK, None, "SUCCESS")
+    operation = Operation("flush", 1, [done.request], None)
+    operation.settle(done)
+    operation.check()
     rig.leave()

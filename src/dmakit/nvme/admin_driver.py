@@ -164,7 +164,7 @@ class AdminDriver:
             if self.running:
                 self.halt()  # also when the user interrupts: the command's memory is still the controller's
             raise
-        if entry.status:
+        if entry.status & 0x7FF:
             raise CommandFailed(f"{what}: {status_name(entry.status)}", entry.status)
         return entry
 

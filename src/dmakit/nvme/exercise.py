@@ -217,7 +217,7 @@ class Verifier:
             extent = done.request.context
             assert isinstance(extent, _Out)
             extent.left -= 1
-            if done.error is not None or done.status:
+            if done.error is not None or done.status & 0x7FF:
                 extent.failed = str(done.error) if done.error is not None else done.text
 
     def _collect(self, out: dict[int, _Out]) -> list[_Out]:
@@ -350,7 +350,7 @@ class _Runner:
         now = time.perf_counter_ns()
         slots = list(self.tags[:count])
         self.latencies += [now - self.started[slot] for slot in slots]
-        self.errors += sum(1 for status in self.statuses[:count] if status)
+        self.errors += sum(1 for status in self.statuses[:count] if status & 0x7FF)
         return slots
 
     def run(self, seconds: float, progress: Progress) -> float:

@@ -64,7 +64,7 @@ class Operation:
 
     def settle(self, done: Done) -> None:
         """One request has ended."""
-        if self.error is None and (done.error is not None or done.status):
+        if self.error is None and (done.error is not None or done.status & 0x7FF):
             self.error = done.error or self._refused(done)
         self._ended(1)
 
