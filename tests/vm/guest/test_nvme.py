@@ -1,0 +1,185 @@
+"""dmakit's NVMe driver on a real kernel and IOMMU: every byte by every strategy, resets, death in mid-I/O, neighbours.
+
+In the full matrix a combination moves 64 MiB, else 4 MiB: each byte there costs the emulated processor its time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dmakit import nvme
+from dmakit.errors import HostError
+from dmakit.nvme.exercise import Verifier
+from tests.vm.guest.support import (
+    FULL,
+    IOMMU,
+    KERNEL,
+    NVME,
+    bind,
+    driver_of,
+    kernel_nvme,
+    modprobe,
+    read_direct,
+    unbind,
+    until,
+)
+
+BDF = NVME[0]
+SIZE = (64 if FULL else 4) << 20
+BACKENDS = ("type1", "iommufd") if KERNEL == "iommufd" else ("type1",)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+pytestmark = pytest.mark.on(iommu=("vtd-lazy", "vtd-strict", "vtd-sm", "amd", "virtio"))
+
+
+@pytest.fixture(autouse=True)
+def ours() -> Iterator[None]:
+    """The drive is vfio-pci's."""
+    modprobe("vfio-pci")
+    if IOMMU == "virtio":
+        modprobe("vfio_iommu_type1", "allow_unsafe_interrupts=1")
+    bind(BDF, "vfio-pci")
+    until(lambda: driver_of(BDF) == "vfio-pci", "vfio-pci has the drive")
+    yield
+    unbind(BDF)
+
+
+def opened(backend: str, **options: Any) -> nvme.Controller:
+    """The controller, as a test wants it."""
+    return nvme.Controller.open(BDF, backend=backend, ram="128M", **options)
+
+
+@backends
+@pytest.mark.parametrize("strategy", ["premap", "two-step", "page", "sg"])
+@pytest.mark.parametrize("sgl", [True, False], ids=["sgl", "prp"])
+def test_every_byte_with_every_strategy(backend: str, strategy: str, sgl: bool) -> None:
+    with opened(backend, strategy=strategy, use_sgl=sgl, queues=2) as controller:
+        assert controller.driver.transport.vectors >= 2
+        report = Verifier(controller, 1, total=SIZE, first=32, depth=16, seed=7).run()
+    assert report.good and report.bytes_compared == SIZE, report
+    assert (report.sgl_commands > 0) == sgl and report.prp_commands > 0 and report.resets == 0
+
+
+@backends
+def test_every_call(backend: str) -> None:
+    with opened(backend, queues=2) as controller:
+        assert controller.facts.model.startswith("QEMU NVMe") and controller.facts.serial == "DMAKIT0"
+        disk = controller.namespaces[1]
+        payload = random.Random(1).randbytes(1 << 20)
+        disk.write(3, payload)
+        assert disk.read(3, 2048) == payload
+        assert disk.compare(3, payload[:4096]) and not disk.compare(4, payload[:4096])
+        disk.write_zeroes(3, 10)
+        disk.deallocate([(100, 8)])
+        disk.flush()
+        assert disk.read(3, 10) == bytes(5120) and disk.read(13, 10) == payload[5120:10240]
+
+
+@backends
+def test_coroutines_sleep_on_interrupts(backend: str) -> None:
+    async def main() -> None:
+        async with opened(backend, depth=16, queues=2) as controller:
+            disk = controller.namespaces[1]
+            await asyncio.gather(*(disk.write(8 * at, bytes([at]) * 4096) for at in range(64)))
+            found = await asyncio.gather(*(disk.read(8 * at, 8) for at in range(64)))
+            assert found == [bytes([at]) * 4096 for at in range(64)]
+
+    asyncio.run(main())
+
+
+@backends
+def test_polling_needs_no_interrupts(backend: str) -> None:
+    with opened(backend, interrupts=False) as controller:
+        assert controller.driver.transport.vectors == 0
+        controller.namespaces[1].write(0, b"p" * 8192)
+        assert controller.namespaces[1].read(0, 16) == b"p" * 8192
+
+
+@backends
+def test_a_reset_in_flight_loses_nothing(backend: str) -> None:
+    async def main() -> None:
+        async with opened(backend, depth=32) as controller:
+            disk = controller.namespaces[1]
+            data = [random.Random(at).randbytes(65536) for at in range(40)]
+            tasks = [asyncio.create_task(disk.write(128 * at, content)) for at, content in enumerate(data)]
+            await asyncio.sleep(0)
+            assert controller.sync.driver.in_flight > 0
+            controller.sync.reset()
+            await asyncio.gather(*tasks)
+            for at, content in enumerate(data):
+                assert await disk.read(128 * at, 128) == content
+
+    asyncio.run(main())
+
+
+@backends
+def test_after_kill_9_in_mid_io_the_next_start_works(backend: str) -> None:
+    code = (
+        "import asyncio, sys\n"
+        "from dmakit import nvme\n"
+        "async def main():\n"
+        f"    async with nvme.Controller.open({BDF!r}, backend={backend!r}, ram='128M') as controller:\n"
+        "        disk = controller.namespaces[1]\n"
+        "        print('up', flush=True)\n"
+        "        while True:\n"
+        "            await asyncio.gather(*(disk.write(256 * at, b'k' * 131072) for at in range(32)))\n"
+        "asyncio.run(main())\n"
+    )
+    before = _locked()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as victim:
+        assert victim.stdout is not None and victim.stdout.readline() == b"up\n"
+        with pytest.raises(HostError):
+            opened(backend).close()  # it is taken
+        os.kill(victim.pid, signal.SIGKILL)
+        assert victim.wait() == -signal.SIGKILL
+    with opened(backend) as controller:
+        controller.namespaces[1].write(0, b"a" * 4096)
+        assert controller.namespaces[1].read(0, 8) == b"a" * 4096
+    assert _locked() <= before
+
+
+def _locked() -> int:
+    """Pages that this process has locked, in KiB."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmLck"))
+
+
+@backends
+def test_the_kernels_driver_reads_what_we_wrote(backend: str) -> None:
+    payload = random.Random(3).randbytes(1 << 20)
+    with opened(backend, strategy="two-step") as controller:
+        controller.namespaces[1].write(2048, payload)
+        controller.namespaces[1].flush()
+    unbind(BDF)
+    with kernel_nvme() as nodes:
+        assert read_direct(nodes[BDF], 2048 * 512, 1 << 20) == payload
+    bind(BDF, "vfio-pci")
+
+
+@backends
+def test_data_moves_inside_the_controller(backend: str) -> None:
+    """The second drive has a memory buffer: block to block without host memory."""
+    unbind(BDF)
+    bind(NVME[1], "vfio-pci")
+    try:
+        with nvme.Controller.open(NVME[1], backend=backend, ram="64M") as controller:
+            disk = controller.namespaces[1]
+            payload = random.Random(9).randbytes(1 << 20)
+            disk.write(0, payload)
+            with controller.memory_buffer() as buffer:
+                assert buffer.size == 64 << 20
+                disk.read_into(0, buffer, size=1 << 20)
+                assert bytes(buffer.view[: 1 << 20]) == payload
+                disk.write(8192, buffer, size=1 << 20)
+            assert disk.read(8192, 2048) == payload
+    finally:
+        unbind(NVME[1])
