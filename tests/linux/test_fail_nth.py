@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,15 @@ from dmakit.platform.linux.machine import Machine
 from tests.linux.worlds import BACKENDS, BOTH, EDU, NVME, PAGE, host
 from tests.support.sweep import sweep
 from tests.support.vfio.host import FakeHost
+
+
+@pytest.fixture(autouse=True)
+def no_collection_in_between() -> Iterator[None]:
+    """What an earlier test left to the collector keeps files open: it must not go while descriptors are counted."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def descriptors() -> int:
