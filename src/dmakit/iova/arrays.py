@@ -12,6 +12,8 @@ def zeroed(kind: str, items: int) -> memoryview[int]:
 
 def widened(kind: str, old: memoryview[int], items: int) -> memoryview[int]:
     """A zeroed array of ``items`` items that begins with those of ``old`` (as many as fit)."""
+    if items == len(old):
+        return memoryview(bytearray(old)).cast(kind)  # type: ignore[call-overload, no-any-return]
     view = zeroed(kind, items)
     kept = min(len(old), items)
     view[:kept] = old[:kept]

@@ -12,6 +12,7 @@ cdef class MagazinePool:
     cdef readonly int capacity
     cdef readonly int allocated
     cdef bint _grow(self) noexcept with gil
+    cdef unsigned long long _fingerprint(self, int magazine) noexcept nogil
     cdef int _new(self) noexcept nogil
     cdef void _release(self, int magazine) noexcept nogil
     cdef void _push(self, int magazine, unsigned long long pfn) noexcept nogil

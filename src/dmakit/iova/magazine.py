@@ -18,9 +18,11 @@ from dmakit.iova.arrays import widened, zeroed
 if cython.compiled:
     from cython.cimports.dmakit.consts import IOVA_MAG_SIZE, IOVA_MAG_STRIDE
     from cython.cimports.dmakit.failpoint import FailPoint
+    from cython.cimports.dmakit.iova.bits import mix
 else:
     from dmakit.consts import IOVA_MAG_SIZE, IOVA_MAG_STRIDE
     from dmakit.failpoint import FailPoint
+    from dmakit.iova.bits import mix
 
 
 @cython.cclass
@@ -49,10 +51,18 @@ class MagazinePool:
         self.size, self.link = widened("i", other.size, items), widened("i", other.link, items)
         self.allocated, self.unused = other.allocated, other.unused
 
-    def fingerprint(self, magazine: int) -> int:
-        """A hash of a magazine's pfns, in order; for comparisons in this process."""
-        start = magazine * IOVA_MAG_STRIDE
-        return hash(bytes(self.pfns[start : start + self.size[magazine]]))
+    def _fingerprint(self, magazine: cython.int) -> cython.ulonglong:
+        """64 bits of a magazine's pfns, in order; for comparisons in this process."""
+        start: cython.Py_ssize_t = magazine * IOVA_MAG_STRIDE
+        end: cython.Py_ssize_t = start + self.size[magazine]
+        if cython.compiled:
+            at: cython.Py_ssize_t
+            value: cython.ulonglong = self.size[magazine]
+            for at in range(start, end):
+                value = mix(value, self.pfns[at])
+            return value
+        else:  # noqa: RET505 (one call instead of one a word)
+            return hash(bytes(self.pfns[start:end])) & 0xFFFF_FFFF_FFFF_FFFF
 
     def discard(self, magazine: int, pfn: int) -> bool:
         """Take ``pfn`` out of a magazine, wherever it is, keeping the order of the others; false when not there."""

@@ -34,6 +34,7 @@ if cython.compiled:
         L_LOCK_DEPOT,
     )
     from cython.cimports.dmakit.failpoint import FailPoint
+    from cython.cimports.dmakit.iova.bits import mix
     from cython.cimports.dmakit.iova.magazine import MagazinePool
     from cython.cimports.dmakit.ledger import Ledger
 else:
@@ -46,6 +47,7 @@ else:
         L_LOCK_DEPOT,
     )
     from dmakit.failpoint import FailPoint
+    from dmakit.iova.bits import mix
     from dmakit.iova.magazine import MagazinePool
     from dmakit.ledger import Ledger
 
@@ -86,11 +88,20 @@ class IovaRcaches:
         return found
 
     def fingerprint(self) -> int:
-        """A hash of every magazine's content by CPU and order, and of the depots, in order."""
-        content = self.pool.fingerprint
-        magazines = [content(magazine) for magazine in list(self.loaded) + list(self.prev)]
-        depots = [tuple(map(content, self.chained(order))) for order in range(IOVA_RANGE_CACHE_MAX_SIZE)]
-        return hash((tuple(magazines), tuple(depots)))
+        """64 bits of every magazine's content by CPU and order, and of the depots, in order."""
+        value: cython.ulonglong = 0
+        slot: cython.int
+        magazine: cython.int
+        for slot in range(self.cpus * IOVA_RANGE_CACHE_MAX_SIZE):
+            value = mix(value, self.pool._fingerprint(self.loaded[slot]))
+            value = mix(value, self.pool._fingerprint(self.prev[slot]))
+        for slot in range(IOVA_RANGE_CACHE_MAX_SIZE):
+            value = mix(value, slot)
+            magazine = self.depot[slot]
+            while magazine:
+                value = mix(value, self.pool._fingerprint(magazine))
+                magazine = self.pool.link[magazine]
+        return value
 
     def discard(self, pfn: int) -> bool:
         """Take ``pfn`` out of whatever magazine holds it; false when none does."""
