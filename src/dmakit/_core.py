@@ -88,10 +88,15 @@ COMPILED_MODULES = (
     "dmakit.platform.linux.shadow",
     "dmakit.swiotlb.bounce",
     "dmakit.swiotlb.pool",
+    "dmakit.trace.branch",
+    "dmakit.trace.midlife",
+    "dmakit.trace.operation",
     "dmakit.trace.operations",
     "dmakit.trace.rows",
     "dmakit.trace.scanner",
     "dmakit.trace.search",
+    "dmakit.trace.tally",
+    "dmakit.trace.timeline",
 )
 
 PACKAGE = Path(__file__).resolve().parent

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 HELP = "replay recorded kernel traces, golden vectors or step files on dmakit's stack"
@@ -20,7 +23,10 @@ class _Report(Protocol):
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="ftrace text, golden vectors or step files (xz, zstd, gzip)"
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="ftrace text (-: standard input), golden vectors or step files (xz, zstd, gzip)",
     )
     parser.add_argument("--boot", metavar="FILE", help="the boot trace (default: NAME.boot.txt beside NAME.trace.txt)")
     parser.add_argument(
@@ -52,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     for path in args.files:
         report = _replay(path, args)
         reports.append(report)
+        if sys.stderr.isatty():
+            sys.stderr.write("\x1b[K")
         if args.json != "-":
             print(report.render(), flush=True)
     if args.json is not None:
@@ -71,4 +79,22 @@ def _replay(path: str, args: argparse.Namespace) -> _Report:
         from dmakit.trace.call_replay import replay_calls
 
         return replay_calls(path, boot=args.boot, defects=tuple(args.defect) or ("7.2",))
-    return replay_file(path, boot=args.boot)
+    return replay_file(path, boot=args.boot, progress=_progress(path))
+
+
+def _progress(path: str) -> Callable[[int], None] | None:
+    """On a terminal, a line on standard error with the events scanned so far, once it takes longer than a moment."""
+    if not sys.stderr.isatty():
+        return None
+    begun = shown = time.monotonic()
+
+    def show(events: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - begun > 2 and now - shown > 0.2:
+            shown = now
+            rate = events / (now - begun) / 1e6
+            sys.stderr.write(f"\r\x1b[K{path}: {events} events, {rate:.2f} million a second\r")
+            sys.stderr.flush()
+
+    return show

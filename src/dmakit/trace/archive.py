@@ -12,7 +12,7 @@ import lzma
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
@@ -40,7 +40,7 @@ def _zstd_blocks(raw: BinaryIO, size: int) -> Iterator[bytes]:
     """Blocks of a zstd file; unlike zstandard's reader it notices a frame that stops in the middle."""
     decompressor = zstandard.ZstdDecompressor().decompressobj()
     ended, inside = True, False
-    while piece := raw.read(min(size, 1 << 20)):  # text packs 1:20 and more
+    while piece := raw.read(min(size, 1 << 16)):  # text packs 1:20 and more
         while piece:
             if ended:
                 decompressor = zstandard.ZstdDecompressor().decompressobj()
@@ -59,7 +59,7 @@ def _blocks(raw: BinaryIO, kind: str, size: int) -> Iterator[bytes]:
             yield block
 
 
-def _check(path: Path, head: bytes) -> None:
+def _check(path: str | Path, head: bytes) -> None:
     if not head:
         raise InputError(f"{path}: the file is empty")
     if archive_kind(head) == "plain" and b"\x00" in head[:4096]:
@@ -68,16 +68,46 @@ def _check(path: Path, head: bytes) -> None:
         )
 
 
+class _Resumed(io.RawIOBase):
+    """What is left of a stream, behind its first bytes that were already read."""
+
+    def __init__(self, head: bytes, raw: BinaryIO) -> None:
+        self.head, self.raw = head, raw
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill ``buffer`` from the head while there is some."""
+        piece = self.head[: len(buffer)] or self.raw.read(len(buffer))
+        self.head = self.head[len(piece) :]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def is_read_once(path: str | Path) -> bool:
+    """Whether ``path`` is standard input (``-``), a pipe or a device: what it gives cannot be asked for again."""
+    return str(path) == "-" or (Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir())
+
+
+def _raw(path: str | Path) -> BinaryIO:
+    return open(0, "rb", closefd=False) if str(path) == "-" else open(path, "rb")
+
+
 def line_chunks(path: str | Path, *, size: int = CHUNK) -> Iterator[bytes]:
     """Chunks of about ``size`` bytes of the decompressed file, each ending at a line's end (the last may not).
 
-    Raises InputError for a file that cannot be read, is empty, or is a broken or truncated archive.
+    ``-`` is standard input. Raises InputError for a file that cannot be read, is empty, or is a broken or truncated
+    archive.
     """
-    path = Path(path)
     try:
-        with open(path, "rb") as raw:
+        with _raw(path) as raw:
             head = raw.read(4096)
             _check(path, head)
+            if is_read_once(path):
+                rest = cast(BinaryIO, io.BufferedReader(_Resumed(head, raw), size))
+                yield from _whole_lines(_blocks(rest, archive_kind(head), size), path)
+                return
             raw.seek(0)
             yield from _whole_lines(_blocks(raw, archive_kind(head), size), path)
     except _BROKEN as error:  # before OSError: BadGzipFile is one
@@ -86,7 +116,7 @@ def line_chunks(path: str | Path, *, size: int = CHUNK) -> Iterator[bytes]:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}", error.errno or 22) from error
 
 
-def _whole_lines(blocks: Iterator[bytes], path: Path) -> Iterator[bytes]:
+def _whole_lines(blocks: Iterator[bytes], path: str | Path) -> Iterator[bytes]:
     rest: list[bytes] = []
     some = False
     for block in blocks:

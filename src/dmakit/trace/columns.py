@@ -12,7 +12,6 @@ sorted by stamp, and the file's order breaks ties. ``lost`` are the ``[LOST 123 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dmakit.consts import SCAN_HEAD, SCAN_LOST
-from dmakit.errors import InputError
 from dmakit.trace.archive import CHUNK, line_chunks
 from dmakit.trace.events import ABSENT, EVENTS, KIND
-from dmakit.trace.recording import Recording, end_comments, read_end, read_start
 from dmakit.trace.scanner import Scanner
+from dmakit.trace.totals import Totals
 
 Words = npt.NDArray[np.uint64]
 Ints = npt.NDArray[np.int64]
-_HEADER = re.compile(rb"entries-in-buffer/entries-written: (\d+)/(\d+)\s+#P:(\d+)")
-_SHOWN = 5  # malformed lines kept with their text
 _COMMON = ("line", "stamp", "cpu", "pid", "context")
 
 
@@ -71,24 +67,14 @@ class Table:
 
 
 @dataclass
-class Trace:
+class Trace(Totals):
     """A scanned file: tables by event name and the counts of lines."""
 
-    path: str
     tables: dict[str, Table] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
     pool: Words = field(default_factory=lambda: np.empty(0, np.uint64))
-    lines: int = 0
-    records: int = 0
-    others: int = 0
-    notes: int = 0
-    malformed: int = 0
-    bad: list[tuple[int, str]] = field(default_factory=list)
-    seconds: bool = False
     sorted_by_stamp: bool = False
-    header: tuple[int, int, int] | None = None
     lost: Table = field(default_factory=lambda: _empty("lost"))
-    recording: Recording | None = None
 
     def table(self, name: str) -> Table:
         """The events of one kind (a name of ``events.EVENTS``)."""
@@ -122,26 +108,6 @@ class Trace:
         seen = [int(np.max(table.cpu)) for table in self.tables.values() if len(table)]
         return max(seen, default=0) + 1
 
-    @property
-    def overwritten(self) -> bool:
-        """Whether the header says that the ring buffer overwrote its oldest events, or (in a file by ``dmakit record``)
-        lost more than its marks show the place of."""
-        marked = int(self.lost["count"].sum()) if self.recording is not None else 0
-        return self.header is not None and self.header[0] + marked < self.header[1]
-
-    @property
-    def whole(self) -> bool:
-        """Whether the header is there and every event that it counts is in the file."""
-        complete = self.recording is None or self.recording.complete
-        return complete and self.header is not None and self.header[0] == self.header[1] <= self.records + self.others
-
-    @property
-    def malformed_text(self) -> str:
-        """The malformed lines in words, the first few shown."""
-        shown = "; ".join(f"line {number}: {text!r}" for number, text in self.bad)
-        more = ", …" if self.malformed > len(self.bad) else ""
-        return f"{self.malformed} malformed lines ({shown}{more})" if self.malformed else "no malformed line"
-
 
 def _columns(kind: int) -> dict[str, str]:
     columns = {}
@@ -171,14 +137,8 @@ class _Builder:
     def add(self, chunk: bytes) -> None:
         """Scan one chunk of whole lines."""
         trace, scanner = self.trace, self.scanner
-        if trace.lines == 0:
-            self._header(chunk[:4096])
-            trace.recording = read_start(chunk)
-        if trace.recording is not None and (comments := end_comments(chunk)):
-            self._header(comments)
-            read_end(trace.recording, comments)
         first = trace.records
-        trace.lines += scanner.scan(chunk, trace.lines + 1)
+        trace.scan(scanner, chunk)
         for kind in scanner.present():
             block, rows = scanner.block(kind)
             part = np.frombuffer(block, np.uint64).reshape(-1, rows).copy()
@@ -188,28 +148,12 @@ class _Builder:
             self.parts.setdefault(kind, []).append(part)
         self.pools.append(np.frombuffer(scanner.elements(), np.uint64).copy())
         self.pooled += scanner.pooled
-        self._count(chunk)
-
-    def _header(self, text: bytes) -> None:
-        if found := _HEADER.search(text):
-            self.trace.header = (int(found[1]), int(found[2]), int(found[3]))
 
     @staticmethod
     def _lists(kind: int) -> list[int]:
         if kind == SCAN_LOST:
             return []
         return [slot for slot, how in enumerate(_columns(kind).values()) if how == "l"]
-
-    def _count(self, chunk: bytes) -> None:
-        trace, scanner = self.trace, self.scanner
-        for begin, number in scanner.bad()[: _SHOWN - len(trace.bad)]:
-            text = chunk[begin : begin + 120].split(b"\n")[0].decode("utf-8", "replace").strip()
-            trace.bad.append((number, text))
-        trace.records += scanner.records
-        trace.others += scanner.others
-        trace.notes += scanner.notes
-        trace.malformed += scanner.malformed
-        trace.seconds = trace.seconds or bool(scanner.seconds)
 
     def finish(self) -> Trace:
         """The trace, its tables complete and in order of time."""
@@ -227,6 +171,7 @@ class _Builder:
                 table = table.take(np.argsort(table.seq))
             if kind == SCAN_LOST:
                 trace.lost = table
+                trace.marked = int(table["count"].sum())
             else:
                 trace.tables[table.name] = table
         return trace
@@ -269,9 +214,5 @@ def load(path: str | Path) -> Trace:
     for chunk in line_chunks(path):
         builder.add(chunk)
     trace = builder.finish()
-    if trace.records - len(trace.lost) == 0:
-        raise InputError(
-            f"{path}: no recognised event in {trace.lines} lines ({trace.others} of unknown events, "
-            f"{trace.malformed_text}); expected ftrace text, see: dmakit record --help"
-        )
+    trace.refuse_without_events(len(trace.lost))
     return trace

@@ -8,7 +8,7 @@ Entries and returns are paired on a stack for each task, so that an interrupt's 
 interrupted. A task is its pid, because tasks migrate between CPUs; the idle tasks all have pid 0 and stay on their CPU.
 
 What has no partner: a return without an entry began behind its task's last event, if any in the trace; an entry without
-a return is still open (``end`` = FOREVER): whether and how it took effect is not known.
+a return is still open (``end`` = OPEN): whether and how it took effect is not known.
 
 Events inside a call narrow its interval: a tree search took effect before its ``ai_out``, a free into the tree after
 its ``fi_in``.
@@ -16,182 +16,211 @@ its ``fi_in``.
 Also operations: ``reserve``, ``init`` and ``put`` of a domain, ``free_iova`` outside of a fast free (``free_node``),
 one run of a depot's delayed work (``depot``), a CPU's magazines given back (``offline``) and lost events (``lost``,
 in every domain).
+
+Operations enter the timeline when they begin and are completed while they wait there. The reader keeps only what may
+still change: each task's open calls and its last event, as far back as the timeline's window reaches.
 """
 
 from __future__ import annotations
 
-from operator import attrgetter
-from typing import Any, TypeAlias
+from array import array
+from collections.abc import Set
+from typing import TYPE_CHECKING, TypeAlias
 
 import cython
+import numpy as np
 
-from dmakit.trace.columns import Trace
-from dmakit.trace.events import ABSENT
+from dmakit.trace.events import ABSENT, KIND
+from dmakit.trace.operation import OPEN
+from dmakit.trace.pattern import Pattern
+from dmakit.trace.storage import flat, longs
+
+if cython.compiled:
+    from cython.cimports.dmakit.consts import SCAN_HEAD, SCAN_LOST
+    from cython.cimports.dmakit.trace.operation import Operation
+    from cython.cimports.dmakit.trace.timeline import Timeline
+else:
+    from dmakit.consts import SCAN_HEAD, SCAN_LOST
+    from dmakit.trace.operation import Operation
+    from dmakit.trace.timeline import Timeline
+
+if TYPE_CHECKING:
+    from dmakit.trace.batch import Batch
 
 Text: TypeAlias = str
 Cpus: TypeAlias = tuple[int, ...]
-FOREVER = 1 << 62
-_NONE: list[Any] = []  # of every operation that has none
-_HIGHEST = (1 << 52) - 1  # the highest pfn of 4 KiB granules
-_SLACK = 512  # events within which an operation without a recorded end has taken effect
-KINDS = ("init_in", "res_in", "put_in", "af_in", "af_out", "ai_out", "ff_in", "ff_out", "fi_in", "depot_in",
-         "magfree_in", "cpufree_in")  # fmt: skip
+_COLUMNS = {
+    "af_in": ("iovad", "size", "limit", "flush"),
+    "af_out": ("iovad", "size", "limit", "pfn"),
+    "ff_in": ("iovad", "pfn", "size"),
+    "ff_out": ("iovad", "pfn", "size"),
+    "ai_out": ("iovad", "ret", "lo"),
+    "fi_in": ("iovad", "pfn"),
+    "init_in": ("iovad", "granule", "start"),
+    "res_in": ("iovad", "lo", "hi"),
+    "put_in": ("iovad",),
+    "depot_in": ("work",),
+    "magfree_in": ("iovad", "n", "pfns", "pfns.count"),
+    "cpufree_in": ("iovad", "cpu"),
+}
+KINDS = tuple(_COLUMNS)
+_MOST = 4  # columns of any of them
+_NO_SEARCH: list[int] = []  # of every allocation that a magazine answered
 
 
 @cython.cclass
-class Operation:
-    """One call on one domain. ``pfn`` of an allocation is the recorded answer (0 = it failed, None = not recorded).
+class OperationReader:
+    """Pairs the events of one trace. ``shown``: the kinds of events that it has. ``numbers``: what its CPUs are called.
 
-    ``cpus``: the CPU at the entry and, when the task migrated, the one at the return. ``searches``: what each tree
-    search inside an allocation answered (0 = failed), or None when the trace does not record them; ``moments``: when.
-    ``drained``: (seq, number of pfns, the first of them) of each magazine given back. ``retry``: the second search of
-    an allocation whose first part is an operation ``miss``. ``to_tree``: whether a free went to the tree, None when
-    not recorded. ``line``: of the event that shows the answer.
+    ``offset`` shifts its order behind that of an earlier trace (the boot trace) on the same ``timeline``.
     """
 
-    def __init__(
-        self,
-        kind: Text,
-        iovad: cython.ulonglong,
-        begin: cython.longlong,
-        end: cython.longlong,
-        cpus: Cpus,
-        line: cython.longlong,
-        pid: cython.longlong = 0,
-    ) -> None:
-        self.kind, self.iovad, self.begin, self.end = kind, iovad, begin, end
-        self.cpus: tuple[int, ...] = cpus
-        self.line, self.pid = line, pid
-        self.size = self.limit = self.hi = 0
-        self.flush = self.retry = False
-        self.pfn: int | None = None
-        self.searches: list[int] | None = None
-        self.to_tree: bool | None = None
-        self.moments: list[int] = _NONE
-        self.drained: list[tuple[int, int, list[int]]] = _NONE
-
-    def part(self, kind: Text, begin: cython.longlong, end: cython.longlong) -> Operation:
-        """A failed search of this allocation as an operation of its own."""
-        twin = Operation(kind, self.iovad, begin, end, self.cpus, self.line, self.pid)
-        twin.size, twin.limit, twin.hi, twin.to_tree = self.size, self.limit, self.hi, self.to_tree
-        twin.pfn, twin.searches, twin.retry = 0, [0], self.retry
-        return twin
-
-    @property
-    def possible(self) -> bool:
-        """Whether its numbers can be a call's (a damaged line may hold any)."""
-        if self.kind in ("alloc", "miss", "drain"):
-            return 0 < self.size <= _HIGHEST and (self.pfn or 0) <= _HIGHEST
-        if self.kind == "free":
-            return 0 < self.size <= _HIGHEST and 0 < (self.pfn or 0) <= _HIGHEST
-        if self.kind == "free_node":
-            return 0 < (self.pfn or 0) <= _HIGHEST
-        if self.kind == "reserve":
-            return (self.pfn or 0) <= self.hi <= _HIGHEST
-        if self.kind == "init":
-            return 4 <= self.size <= 1 << 30 and self.size & (self.size - 1) == 0 and 0 < (self.pfn or 0) < 1 << 34
-        return True
-
-    def __str__(self) -> str:
-        where = f"cpu {self.cpus[0]}" if len(self.cpus) == 1 else f"cpu {self.cpus[0]} to {self.cpus[1]}"
-        if self.kind == "alloc":
-            return f"line {self.line}: alloc size={self.size} limit={self.limit:#x} -> {self.pfn or 0:#x} on {where}"
-        if self.kind in ("free", "free_node"):
-            return f"line {self.line}: {self.kind} pfn={self.pfn or 0:#x} size={self.size} on {where}"
-        return f"line {self.line}: {self.kind} on {where}"
-
-
-class OperationReader:
-    """Pairs the events of one trace; ``offset`` shifts its order behind that of an earlier one (the boot trace)."""
-
-    def __init__(self, trace: Trace, offset: int = 0) -> None:
-        self.trace = trace
-        self.offset = offset
-        self.searches_recorded = len(trace.table("ai_out")) > 0
-        self.frees_recorded = len(trace.table("fi_in")) > 0
-        self.columns = {name: self._lists(name) for name in KINDS}
+    def __init__(self, timeline: Timeline, shown: Set[str], numbers: dict[int, int], offset: int = 0) -> None:
+        self.timeline, self.numbers, self.offset = timeline, numbers, offset
+        self.searches_recorded, self.frees_recorded = "ai_out" in shown, "fi_in" in shown
+        self.entries_recorded, self.free_entries_recorded = "af_in" in shown, "ff_in" in shown
+        self.place = offset
+        self.tidied = offset
+        self.which = np.full(SCAN_LOST + 1, -1, np.int64)
+        self.which[SCAN_LOST] = len(KINDS)
+        slots = Pattern().slots
+        self.slot = memoryview(array("q", bytes(8 * _MOST * len(KINDS))))
+        for number, (name, columns) in enumerate(_COLUMNS.items()):
+            self.which[KIND[name]] = number
+            for i, column in enumerate(columns):
+                base, _, more = column.partition(".")
+                self.slot[number * _MOST + i] = SCAN_HEAD + slots[KIND[name]][base][0] + bool(more)
+        self.rows = self.seqs = self.starts = flat(np.zeros(1, np.int64))
+        self.words = self.pool = longs(1)
+        self.seq = self.line = self.cpu = self.pid = self.task = 0
+        self.at = self.base = 0
+        self.iovad, self.absent = 0, ABSENT
+        self.alone: dict[int, Cpus] = {}
         self.stacks: dict[int, list[Operation]] = {}
         self.latest: dict[int, int] = {}
         self.works: dict[int, Operation] = {}
-        self.operations: list[Operation] = []
+        self.last: Operation | None = None
 
-    def _lists(self, name: str) -> dict[str, list[int]]:
-        table = self.trace.table(name)
-        columns = {column: values.tolist() for column, values in table.fields.items()}
-        return columns | {
-            "": (table.seq + self.offset).tolist(),
-            "line": table.line.tolist(),
-            "cpu": table.cpu.tolist(),
-            "pid": table.pid.tolist(),
-        }
+    # Reading ---------------------------------------------------------------------------------------------------------
 
-    def read(self) -> list[Operation]:
-        """All operations, by ``begin``; lost events are operations of domain 0 (which means every domain)."""
-        handlers = [getattr(self, f"_{name}") for name in KINDS]
-        columns = [self.columns[name] for name in KINDS]
-        rows = [0] * len(KINDS)
-        work: Operation
-        for code in sorted(seq * 16 + which for which in range(len(KINDS)) for seq in columns[which][""]):
-            which, seq = code & 15, code >> 4
-            row, column = rows[which], columns[which]
-            rows[which] = row + 1
-            cpu, pid = column["cpu"][row], column["pid"][row]
-            task = pid if pid else -1 - cpu
-            if task in self.works:
-                work = self.works.pop(task)
-                work.end = seq
-            handlers[which](column, row, task, self._new("", column, row, cpu, pid))
-            self.latest[task] = seq
-        self._close()
-        lost = self.trace.lost
-        for seq, line, cpu in zip(lost.seq.tolist(), lost.line.tolist(), lost.cpu.tolist(), strict=True):
-            self.operations.append(Operation("lost", 0, seq + self.offset, seq + self.offset, (cpu,), line))
-        self.operations.sort(key=attrgetter("begin"))
-        return self.operations
+    def read(self, batch: Batch) -> None:
+        """The next records of the trace."""
+        i: cython.Py_ssize_t
+        seq: cython.longlong
+        rows = self.which[batch.kinds]
+        index = np.flatnonzero(rows >= 0)
+        self.rows, self.seqs, self.starts = flat(rows[index]), flat(index + self.place), flat(batch.starts[index])
+        self.words, self.pool = flat(batch.words), flat(batch.pool)
+        for i in range(len(index)):
+            seq = self.seqs[i]
+            if seq >= self.timeline.due:
+                self.timeline.follow(seq)
+            self._event(self.rows[i], seq, self.starts[i])
+        self.place += len(batch)
+        if self.place - self.tidied >= self.timeline.window:
+            self._tidy()
 
-    def _close(self) -> None:
-        """Bound what has no end: a free without a return (none are recorded, or the last ones) and depot work."""
-        for op in self.operations:
-            if op.end == FOREVER and op.kind in ("free", "depot"):
-                op.end = op.begin if op.kind == "free" and not self.columns["ff_out"][""] else op.begin + _SLACK
+    def _event(self, which: cython.longlong, seq: cython.longlong, at: cython.Py_ssize_t) -> None:
+        self.seq, self.at, self.base = seq, at, which * _MOST
+        self.line, self.cpu, self.pid = self.words[at + 1], self.words[at + 3], self.words[at + 4]
+        self.task = self.pid if self.pid else -1 - self.cpu
+        if which == len(KINDS):
+            self._add("lost", 0, seq, seq)
+            return
+        self.iovad = self._value(0)
+        if self.works and self.task in self.works:
+            work: Operation = self.works.pop(self.task)
+            work.end = seq
+        self._read(which)
+        self.latest[self.task] = seq
 
-    def _unseen(self, entry: str, task: int, op: Operation) -> int:
+    def _read(self, which: cython.longlong) -> None:
+        """One event, by its place in KINDS."""
+        if which == 0:
+            self._af_in()
+        elif which == 1:
+            self._af_out()
+        elif which == 2:
+            self._ff_in()
+        elif which == 3:
+            self._ff_out()
+        elif which == 4:
+            self._ai_out()
+        elif which == 5:
+            self._fi_in()
+        elif which <= 8:
+            self._domain(which)
+        elif which == 9:
+            self._depot_in()
+        elif which == 10:
+            self._magfree_in()
+        else:
+            self._cpufree_in()
+
+    def _value(self, column: cython.Py_ssize_t) -> cython.ulonglong:
+        """A column of the event, by its place in _COLUMNS."""
+        return self.words[self.at + self.slot[self.base + column]]
+
+    def _add(self, kind: Text, iovad: cython.ulonglong, begin: cython.longlong, end: cython.longlong) -> Operation:
+        """A new operation, by the task and on the CPU of the event."""
+        cpus = self.alone.get(self.cpu)
+        if cpus is None:
+            cpus = self.alone[self.cpu] = (self.numbers[self.cpu],)
+        op = Operation(kind, iovad, begin, end, cpus, self.line, self.pid)
+        self.timeline.add(op)
+        self.last = op
+        return op
+
+    def _open(self, kind: Text) -> Operation:
+        """A new operation whose return is to come."""
+        op = self._add(kind, self.iovad, self.seq, OPEN)
+        stack = self.stacks.get(self.task)
+        if stack is None:
+            self.stacks[self.task] = [op]
+        else:
+            stack.append(op)
+        return op
+
+    def _unseen(self, recorded: cython.bint) -> cython.longlong:
         """Where a call began whose entry is not in the trace: behind its task's last event (or before the trace), or at
         its return when no entries are recorded at all."""
-        return self.latest.get(task, self.offset - 1) if self.columns[entry][""] else op.begin
+        return self.latest.get(self.task, self.offset - 1) if recorded else self.seq
 
-    def _new(self, kind: str, column: dict[str, list[int]], row: int, cpu: int, pid: int) -> Operation:
-        seq = column[""][row]
-        iovad = column["iovad"][row] if "iovad" in column else 0
-        return Operation(kind, iovad, seq, FOREVER, (cpu,), column["line"][row], pid)
+    def _tidy(self) -> None:
+        """Forget what lies before the timeline's window."""
+        edge, self.tidied = self.timeline.at, self.place
+        self.latest = {task: seq for task, seq in self.latest.items() if seq >= edge}
+        self.works = {task: op for task, op in self.works.items() if op.begin >= edge}
+        stacks = {task: [op for op in stack if op.begin >= edge] for task, stack in self.stacks.items()}
+        self.stacks = {task: stack for task, stack in stacks.items() if stack}
 
     # Allocations -----------------------------------------------------------------------------------------------------
 
-    def _af_in(self, column: dict[str, list[int]], row: int, task: int, op: Operation) -> None:
-        op.kind, op.size, op.limit = "alloc", column["size"][row], column["limit"][row]
-        op.flush = column["flush"][row] in (1, ABSENT)
-        op.searches = [] if self.searches_recorded else None
-        op.moments, op.drained = [], []
-        self.stacks.setdefault(task, []).append(op)
-        self.operations.append(op)
+    def _af_in(self) -> None:
+        op = self._open("alloc")
+        op.size, op.limit = self._value(1), self._value(2)
+        flush: cython.ulonglong = self._value(3)
+        op.flush = flush == 1 or flush == self.absent
+        op.searches = _NO_SEARCH if self.searches_recorded else None
 
-    def _af_out(self, column: dict[str, list[int]], row: int, task: int, op: Operation) -> None:
-        op.size, op.limit = column["size"][row], column["limit"][row]
-        found = self._pop(task, "alloc", op, op.size)
+    def _af_out(self) -> None:
+        size: cython.ulonglong = self._value(1)
+        found = self._pop("alloc", size, None)
         if found is None:
-            if op.iovad == ABSENT or op.size == ABSENT:
+            if self.iovad == self.absent or size == self.absent:
                 return  # a bare return value without its entry says nothing about the allocator
-            found = op
-            found.kind, found.end, found.begin, found.flush = "alloc", op.begin, self._unseen("af_in", task, op), True
-            self.operations.append(found)
-        self._return(found, op)
-        found.pfn = column["pfn"][row]
+            found = self._add("alloc", self.iovad, self._unseen(self.entries_recorded), self.seq)
+            found.size, found.limit, found.flush = size, self._value(2), True
+        else:
+            self._return(found)
+        found.pfn = self._value(3)
 
-    def _ai_out(self, column: dict[str, list[int]], row: int, task: int, op: Operation) -> None:
-        top = self._top(task, "alloc", op.iovad)
+    def _ai_out(self) -> None:
+        top = self._top("alloc")
         if top is not None and top.searches is not None:
-            top.searches.append(column["lo"][row] if column["ret"][row] else 0)
-            top.moments.append(op.begin)
+            answer = self._value(2) if self._value(1) else 0
+            top.searches = [*top.searches, answer]
+            top.moments = [*top.moments, self.seq]
             if len(top.searches) == 2:
                 self._split(top)
 
@@ -201,95 +230,107 @@ class OperationReader:
         Interrupts and other tasks act between them; ``op`` becomes the retry.
         """
         first, second = op.moments
-        miss = op.part("miss", op.begin, first)
         seqs = [seq for seq, _, _ in op.drained]
+        miss = op.part("miss", op.begin, first)
         drain = op.part("drain", min(seqs, default=first), max(seqs, default=second))
-        self.operations += [miss, drain]
+        self.timeline.add(miss)
+        self.timeline.add(drain)
+        self.last = drain
         op.begin, op.retry = drain.end, True
 
     # Frees -----------------------------------------------------------------------------------------------------------
 
-    def _ff_in(self, column: dict[str, list[int]], row: int, task: int, op: Operation) -> None:
-        op.kind, op.pfn, op.size = "free", column["pfn"][row], column["size"][row]
+    def _ff_in(self) -> None:
+        op = self._open("free")
+        op.pfn, op.size = self._value(1), self._value(2)
         op.to_tree = False if self.frees_recorded else None
-        self.stacks.setdefault(task, []).append(op)
-        self.operations.append(op)
 
-    def _ff_out(self, column: dict[str, list[int]], row: int, task: int, op: Operation) -> None:
-        op.size, op.pfn = column["size"][row], column["pfn"][row]
-        found = self._pop(task, "free", op, op.size, op.pfn)
+    def _ff_out(self) -> None:
+        size: cython.ulonglong = self._value(2)
+        pfn = self._value(1)
+        found = self._pop("free", size, pfn)
         if found is None:
-            found = op
-            found.kind, found.end, found.begin = "free", op.begin, self._unseen("ff_in", task, op)
-            self.operations.append(found)
-        self._return(found, op)
+            found = self._add("free", self.iovad, self._unseen(self.free_entries_recorded), self.seq)
+            found.size, found.pfn = size, pfn
+        else:
+            self._return(found)
 
-    def _fi_in(self, column: dict[str, list[int]], row: int, task: int, op: Operation) -> None:
-        top = self._top(task, "free", op.iovad)
-        if top is not None and top.pfn == column["pfn"][row]:
-            top.to_tree, top.begin = True, op.begin
+    def _fi_in(self) -> None:
+        top = self._top("free")
+        pfn = self._value(1)
+        if top is not None and top.pfn == pfn:
+            top.to_tree, top.begin = True, self.seq
             return
-        op.kind, op.pfn, op.end = "free_node", column["pfn"][row], op.begin
-        self.operations.append(op)
+        self._add("free_node", self.iovad, self.seq, self.seq).pfn = pfn
 
     # Everything else --------------------------------------------------------------------------------------------------
 
-    def _init_in(self, column: dict[str, list[int]], row: int, task: int, op: Operation) -> None:
-        op.kind, op.size, op.pfn, op.end = "init", column["granule"][row], column["start"][row], op.begin
-        self.operations.append(op)
+    def _domain(self, which: cython.longlong) -> None:
+        """``init_in``, ``res_in`` or ``put_in``."""
+        op = self._add("init" if which == 6 else "reserve" if which == 7 else "put", self.iovad, self.seq, self.seq)
+        if which == 6:
+            op.size, op.pfn = self._value(1), self._value(2)
+        elif which == 7:
+            op.pfn, op.hi = self._value(1), self._value(2)
 
-    def _res_in(self, column: dict[str, list[int]], row: int, task: int, op: Operation) -> None:
-        op.kind, op.pfn, op.hi, op.end = "reserve", column["lo"][row], column["hi"][row], op.begin
-        self.operations.append(op)
+    def _depot_in(self) -> None:
+        op = self._add("depot", 0, self.seq, OPEN)
+        op.hi = self._value(0)
+        self.works[self.task] = op
 
-    def _put_in(self, column: dict[str, list[int]], row: int, task: int, op: Operation) -> None:
-        op.kind, op.end = "put", op.begin
-        self.operations.append(op)
-
-    def _depot_in(self, column: dict[str, list[int]], row: int, task: int, op: Operation) -> None:
-        op.kind, op.hi = "depot", column["work"][row]
-        self.works[task] = op
-        self.operations.append(op)
-
-    def _magfree_in(self, column: dict[str, list[int]], row: int, task: int, op: Operation) -> None:
-        pool, start = self.trace.pool, column["pfns"][row]
-        pfns = pool[start : start + column["pfns.count"][row]].tolist()
-        top = self._top(task, "alloc", op.iovad)
+    def _magfree_in(self) -> None:
+        start: cython.Py_ssize_t = self._value(2)
+        end: cython.Py_ssize_t = start + self._value(3)
+        drained = (self.seq, self._value(1), list(self.pool[start:end]))
+        top = self._top("alloc")
+        work = self.last
         if top is not None:
-            top.drained.append((op.begin, column["n"][row], pfns))
-        work = self.operations[len(self.operations) - 1] if self.operations else None
-        if top is None and work is not None and work.kind == "depot" and work.pid == op.pid:
-            work.iovad, work.drained = op.iovad, [(op.begin, column["n"][row], pfns)]
-            self.works[task] = work
+            top.drained = [*top.drained, drained]
+        elif work is not None and work.kind == "depot" and work.pid == self.pid:
+            work.iovad, work.drained = self.iovad, [drained]
+            self.works[self.task] = work
 
-    def _cpufree_in(self, column: dict[str, list[int]], row: int, task: int, op: Operation) -> None:
-        if self._top(task, "alloc", op.iovad) is None:
-            op.kind, op.size, op.end = "offline", column["cpu"][row], op.begin
-            self.operations.append(op)
+    def _cpufree_in(self) -> None:
+        if self._top("alloc") is None:
+            op = self._add("offline", self.iovad, self.seq, self.seq)
+            op.size = self.numbers.get(self._value(1), 0)
 
     # Stacks -----------------------------------------------------------------------------------------------------------
 
-    def _top(self, task: int, kind: str, iovad: int) -> Operation | None:
-        stack = self.stacks.get(task)
-        top: Operation | None = stack[len(stack) - 1] if stack else None
-        return top if top is not None and top.kind == kind and top.iovad == iovad else None
+    def _top(self, kind: Text) -> Operation | None:
+        """The innermost open call of the task, if it is of this kind and on the event's domain."""
+        stack = self.stacks.get(self.task)
+        if not stack:
+            return None
+        top: Operation = stack[len(stack) - 1]
+        return top if top.kind == kind and top.iovad == self.iovad else None
 
-    def _pop(self, task: int, kind: str, answer: Operation, size: int, pfn: int | None = None) -> Operation | None:
-        """The innermost open call that this return may end; open calls inside it lost their return."""
-        stack = self.stacks.get(task, [])
-        for depth in range(len(stack) - 1, -1, -1):
+    def _pop(self, kind: Text, size: cython.ulonglong, pfn: object) -> Operation | None:
+        """The innermost open call that this return may end; open calls inside it lost their return. A call from before
+        the timeline's window took its place there without a return."""
+        stack = self.stacks.get(self.task)
+        if not stack:
+            return None
+        depth: cython.Py_ssize_t = len(stack) - 1
+        op: Operation
+        while depth >= 0:
             op = stack[depth]
-            if op.kind != kind or (answer.iovad not in (op.iovad, ABSENT)):
-                continue
-            if size in (op.size, ABSENT) and (pfn is None or pfn == op.pfn):
+            if op.kind == kind and self._answers(op, size, pfn):
                 del stack[depth:]
                 return op
+            depth -= 1
         return None
 
-    @staticmethod
-    def _return(found: Operation, answer: Operation) -> None:
-        if answer is not found:
-            found.end = found.moments[len(found.moments) - 1] if found.moments else answer.begin
-            found.line = answer.line
-            if answer.cpus != found.cpus:
-                found.cpus = (*found.cpus, *answer.cpus)
+    def _answers(self, op: Operation, size: cython.ulonglong, pfn: object) -> cython.bint:
+        """Whether the event may be the return of ``op``: what it shows is the same, and ``op`` still waits for it."""
+        if self.iovad not in (op.iovad, self.absent) or size not in (op.size, self.absent):
+            return False
+        return (pfn is None or pfn == op.pfn) and op.begin >= self.timeline.at
+
+    def _return(self, found: Operation) -> None:
+        """The event is the return of ``found``."""
+        found.end = found.moments[len(found.moments) - 1] if found.moments else self.seq
+        found.line = self.line
+        cpu = self.numbers[self.cpu]
+        if cpu != found.cpus[0]:
+            found.cpus = (found.cpus[0], cpu)

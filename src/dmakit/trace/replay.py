@@ -1,10 +1,10 @@
 """Allocator replay: every recorded call of a trace on our allocator, IOVA for IOVA.
 
-``replay_file`` tells what kind of file it has (ftrace text, golden vectors) and returns a ``Result``. A trace is
-scanned (``columns``), its events paired to operations (``operations``), and these replayed domain by domain
-(``search``).
+``replay_file`` tells what kind of file it has (ftrace text, golden vectors) and returns a ``Result``. A trace streams
+through in bounded memory: it is scanned (``stream``), its events paired to operations (``operations``), these wait
+until everything about them is known (``timeline``), and are replayed domain by domain (``search``).
 
-What is known about a domain's state at the start decides what a difference means:
+What is known about a domain's state at the start decides what a difference means (``tally``):
 
 * *known*: its ``init_iova_domain`` is in the trace or the boot trace, and nothing says otherwise. A difference is a
   divergence.
@@ -21,176 +21,199 @@ from pathlib import Path
 
 from dmakit.errors import InputError
 from dmakit.iova.domain import IovaDomain
-from dmakit.trace.archive import first_bytes
+from dmakit.trace.archive import first_bytes, is_read_once
 from dmakit.trace.boot import chosen_boot
-from dmakit.trace.columns import load
 from dmakit.trace.events import missing_events
 from dmakit.trace.golden import GoldenReplay, is_golden_file
-from dmakit.trace.operations import FOREVER, Operation, OperationReader
+from dmakit.trace.midlife import MidLife
+from dmakit.trace.operation import OPEN, Operation
+from dmakit.trace.operations import OperationReader
 from dmakit.trace.result import Result
 from dmakit.trace.search import OrderSearch
+from dmakit.trace.stream import WINDOW, Facts, Progress, Surprise, TraceStream
+from dmakit.trace.tally import Counts, Tally
+from dmakit.trace.timeline import Timeline
 
-_LIVE = ("alloc", "free", "free_node")
+_WHOLE, _PRESUMED, _UNKNOWN = range(3)  # verdicts, and the places of their tallies
 
 
 def file_kind(path: str | Path) -> str:
-    """``trace`` (ftrace text), ``golden`` (golden vectors) or ``jsonl`` (another file of JSON lines)."""
-    if first_bytes(path, 64).lstrip()[:1] != b"{":
+    """``trace`` (ftrace text, or anything that can be read only once), ``golden`` (golden vectors) or ``jsonl``
+    (another file of JSON lines)."""
+    if is_read_once(path) or first_bytes(path, 64).lstrip()[:1] != b"{":
         return "trace"
     return "golden" if is_golden_file(path) else "jsonl"
 
 
-def replay_file(path: str | Path, *, boot: str | Path | None = None) -> Result:
-    """Replay a trace or golden vectors. InputError for a file that is neither or cannot be read."""
+def replay_file(path: str | Path, *, boot: str | Path | None = None, progress: Progress | None = None) -> Result:
+    """Replay a trace (``-``: standard input) or golden vectors. InputError for a file that is neither or cannot be
+    read. ``progress`` is told the number of records scanned."""
     kind = file_kind(path)
     if kind == "golden":
         return GoldenReplay(path).run()
     if kind == "jsonl":
         raise InputError(f"{path}: JSON lines, but no golden vectors (no trace line first)")
-    return TraceReplay(path, chosen_boot(path, boot)).run()
+    return TraceReplay(path, chosen_boot(path, boot), progress=progress).run()
 
 
 class TraceReplay:
-    """Replays one trace behind its boot trace."""
+    """Replays one trace behind its boot trace. ``window``: records within which a call must return to be paired."""
 
-    def __init__(self, path: str | Path, boot: Path | None = None) -> None:
-        self.trace = load(path)
-        self.boot = load(boot) if boot is not None else None
-        self.result = Result(str(path), "trace", malformed_lines=self.trace.malformed)
-        self.operations = self._read()
-        self.cpus = self._number_cpus()
-        self.searches: dict[int, OrderSearch] = {}
-        self.unproven = not self.trace.whole
+    def __init__(
+        self, path: str | Path, boot: Path | None = None, *, window: int = WINDOW, progress: Progress | None = None
+    ) -> None:
+        self.files = [path] if boot is None else [boot, path]
+        self.window = window
+        self.progress = progress
 
-    def _read(self) -> list[Operation]:
-        operations: list[Operation] = []
-        offset = 0
-        if self.boot is not None:
-            operations = OperationReader(self.boot).read()
-            offset = self.boot.records + 1
-            for op in operations:
-                op.end = min(op.end, offset)
-        operations += OperationReader(self.trace, offset).read()
-        possible = [op for op in operations if op.possible]
-        if len(possible) < len(operations):
-            self.result.notes.append(f"{len(operations) - len(possible)} calls with impossible numbers left out")
-        return possible
+    def run(self) -> Result:
+        """The result. A file that its head did not tell everything about is read again, with its facts known."""
+        facts: list[Facts | None] = [None] * len(self.files)
+        while True:
+            streams: list[TraceStream] = []
+            try:
+                for path, known in zip(self.files, facts, strict=True):
+                    streams.append(TraceStream(path, known, window=self.window, progress=self.progress))
+                return _Replay(streams).run()
+            except Surprise as news:
+                for stream in streams:
+                    stream.close()
+                which = streams.index(news.args[1])
+                facts[which] = streams[which].learn(news)
 
-    def _number_cpus(self) -> int:
-        """Give the CPUs that act the numbers 0, 1, …; returns how many CPUs are on line."""
-        seen = sorted({cpu for op in self.operations for cpu in op.cpus})
-        number = {cpu: i for i, cpu in enumerate(seen)}
-        for op in self.operations:
-            if len(op.cpus) == 1 and op.kind != "offline" and number[op.cpus[0]] == op.cpus[0]:
-                continue
-            op.cpus = tuple(dict.fromkeys(number[cpu] for cpu in op.cpus))
-            if op.kind == "offline":
-                op.size = number.get(op.size, 0)
-        return max(len(seen), self.trace.cpus if self.trace.header is not None else 1, 1)
+
+class _Replay:
+    """One pass over the streams of the boot trace, if there is one, and of the trace."""
+
+    def __init__(self, streams: list[TraceStream]) -> None:
+        self.streams = streams
+        self.stream = streams[len(streams) - 1]
+        self.result = Result(str(self.stream.path), "trace")
+        self.midlife = MidLife()
+        self.timeline = Timeline(self, self.stream.window, self.midlife)
+        self.searches = self.timeline.searches
+        self.closed: list[tuple[int, Counts, list[Tally]]] = []
+        self._number_cpus()
+
+    def _number_cpus(self) -> None:
+        """Give the CPUs that act the numbers 0, 1, …, unless the header says that there are all up to them."""
+        online = self.stream.facts.online
+        seen = sorted(set().union(*(stream.facts.cpus for stream in self.streams)))
+        self.cpus = max(len(seen), online)
+        self.numbers = {cpu: number for number, cpu in enumerate(seen)}
+        if all(cpu < online for cpu in seen):
+            self.numbers = {cpu: cpu for cpu in range(online)}
+        for stream in self.streams:
+            stream.facts.cpus.update(self.numbers)
 
     def run(self) -> Result:
         """Replay all operations in the order of time."""
-        unknown = self._mid_life()
-        moments = []
-        for key, op in enumerate(self.operations):
-            if op.end < FOREVER:
-                moments += [(op.begin, 0, key), (op.end, 1, key)]
-        for _, at_end, key in sorted(moments):
-            op = self.operations[key]
-            for search in self._searches(op, bool(at_end), unknown):
-                if at_end:
-                    search.end(key)
-                else:
-                    search.begin(key, op)
+        offset = 0
+        for stream in self.streams:
+            shown = stream.facts.names
+            self.timeline.free_returns_recorded = "ff_out" in shown
+            reader = OperationReader(self.timeline, shown, self.numbers, offset)
+            for batch in stream.batches():
+                reader.read(batch)
+            end = offset + stream.totals.records
+            if stream is self.stream:
+                self.timeline.finish(end)
+            else:
+                offset = self.timeline.limit = end + 1
+                self.timeline.advance(end)
+                self.timeline.limit = OPEN
+        for iovad in list(self.searches):
+            self._retire(iovad)
         self._sum()
         self._notes()
         return self.result
 
-    def _searches(self, op: Operation, at_end: bool, unknown: set[int]) -> list[OrderSearch]:
-        """The domains that ``op`` acts on."""
-        if op.kind in ("lost", "depot") and op.iovad == 0:
-            if op.kind == "depot":
-                return list(self.searches.values())
-            for search in self.searches.values() if at_end else ():
+    # Domains ---------------------------------------------------------------------------------------------------------
+
+    def begin(self, op: Operation) -> None:
+        """The begin of an operation that is not simply one open domain's."""
+        if op.kind == "depot" and op.iovad == 0:
+            for search in self.searches.values():
+                search.begin(op.serial, op)
+        elif op.kind == "init":
+            self._retire(op.iovad)
+            self._open(op)
+        elif op.kind not in ("lost", "put"):
+            self._open(op)
+            self.searches[op.iovad].begin(op.serial, op)
+
+    def end(self, op: Operation) -> None:
+        """The end of an operation that is not simply one open domain's."""
+        if op.kind == "lost":
+            self.midlife.stop()
+            for search in self.searches.values():
                 search.lose()
-            return []
-        if op.kind == "put" or (op.kind == "init" and not at_end):
-            if op.iovad in self.searches and (op.kind == "init" or at_end):
-                self._retire(op.iovad)
-            if op.kind == "init":
-                self._open(op, op.iovad not in unknown)
-            return []
-        if op.kind == "init":
-            return []
-        if op.iovad not in self.searches:
-            self._open(op, False)
-        return [self.searches[op.iovad]]
+        elif op.kind == "put":
+            self._retire(op.iovad)
+        elif op.kind == "depot" and op.iovad == 0:
+            for search in self.searches.values():
+                if op.serial in search.pending:
+                    search.end(op.serial)
 
-    def _open(self, op: Operation, known: bool) -> None:
-        set_up = op.kind == "init"
-        granule, start = (op.size, op.pfn or 1) if set_up else (4096, 1)
+    def _open(self, op: Operation) -> None:
+        granule, start = (op.size, op.pfn or 1) if op.kind == "init" else (4096, 1)
         domain = IovaDomain(granule=granule, start_pfn=start, cpus=self.cpus)
-        self.searches[op.iovad] = OrderSearch(domain, known=known and set_up, presumed=self.unproven)
+        tallies = [Tally(known=False)]
+        if op.kind == "init":
+            tallies = [Tally(known=True), Tally(known=True, presumed=True), *tallies]
+        self.searches[op.iovad] = OrderSearch(domain, tallies)
 
-    def _mid_life(self) -> set[int]:
-        """Domains in which a range is freed that nobody allocated: the trace begins in the middle of their life."""
-        if self.trace.whole:
-            return set()
-        if self.trace.overwritten:
-            return {op.iovad for op in self.operations}
-        found: set[int] = set()
-        given: set[tuple[int, int]] = set()
-        for op in sorted(self.operations, key=lambda op: op.begin if op.kind == "alloc" else op.end):
-            if op.kind == "lost":
-                break
-            if op.kind == "alloc" and op.pfn:
-                given.add((op.iovad, op.pfn))
-            elif op.kind in _LIVE and op.pfn and (op.iovad, op.pfn) not in given:
-                found.add(op.iovad)
-        return found
+    def _retire(self, iovad: int) -> None:
+        if iovad in self.searches:
+            search = self.searches.pop(iovad)
+            search.counts.reordered = min(branch.reordered for branch in search.branches)
+            self.closed.append((iovad, search.counts, search.tallies))
 
     # The report ------------------------------------------------------------------------------------------------------
 
-    def _retire(self, iovad: int) -> None:
-        self._add(self.searches.pop(iovad))
-
     def _sum(self) -> None:
-        for iovad in list(self.searches):
-            self._retire(iovad)
-        self.result.lost_events = int(sum(self.trace.lost["count"].tolist()))
+        result, totals = self.result, self.stream.totals
+        result.malformed_lines = totals.malformed
+        result.lost_events = self.stream.lost[1]
+        if self.timeline.impossible:
+            result.notes.append(f"{self.timeline.impossible} calls with impossible numbers left out")
+        for iovad, counts, tallies in self.closed:
+            middle = totals.overwritten or iovad in self.midlife.found
+            verdict = _WHOLE if totals.whole else _UNKNOWN if middle else _PRESUMED
+            self._add(counts, tallies[verdict if len(tallies) > 1 else 0])
 
-    def _add(self, search: OrderSearch) -> None:
-        counts, result = search.counts, self.result
+    def _add(self, counts: Counts, tally: Tally) -> None:
+        result = self.result
         result.allocations += counts.allocations
-        result.matched += counts.matched
-        result.adopted += counts.adopted
+        result.matched += tally.matched
+        result.adopted += tally.adopted
+        result.diverged += tally.diverged
         result.operations += counts.operations
         result.overlapping += counts.overlapping
-        result.reordered += min(branch.reordered for branch in search.branches)
+        result.reordered += counts.reordered
         result.width = max(result.width, counts.width)
         result.capped = result.capped or counts.capped
         result.domains += counts.operations > 0
-        for divergence in counts.divergences:
-            result.note_divergence(divergence)
-        if counts.unknown_frees and search.known:
+        result.divergence = result.divergence or tally.divergence
+        if counts.unknown_frees and tally.known:
             result.notes.append(f"{counts.unknown_frees} frees of ranges that were not allocated")
 
     def _notes(self) -> None:
-        trace, notes = self.trace, self.result.notes
-        if trace.recording is not None:
-            notes += trace.recording.notes()
-        if self.boot is not None:
-            notes.append(f"set-up of the domains from {self.boot.path}")
+        totals, notes = self.stream.totals, self.result.notes
+        if totals.recording is not None:
+            notes += totals.recording.notes()
+        if len(self.streams) > 1:
+            notes.append(f"set-up of the domains from {self.streams[0].path}")
         if self.result.adopted:
             notes.append("adopted: answers that depend on a state from before the trace or behind lost events")
-        if trace.malformed:
-            notes.append(trace.malformed_text)
+        if totals.malformed:
+            notes.append(totals.malformed_text)
         if self.result.lost_events:
-            notes.append(f"{self.result.lost_events} events lost in {len(trace.lost)} places")
-        if trace.sorted_by_stamp:
+            notes.append(f"{self.result.lost_events} events lost in {self.stream.lost[0]} places")
+        if not self.stream.facts.ordered:
             notes.append("the lines were not in the order of time and were sorted by stamp")
         if not self.result.allocations:
             notes.append("no allocator events: nothing to replay (passthrough, or see: dmakit record --help)")
             return
-        present = set(trace.present()) | set(self.boot.present() if self.boot else ())
+        present: set[str] = set().union(*(stream.facts.names for stream in self.streams))
         notes += [f"without {' or '.join(n.events)} events: {n.lost}" for n in missing_events(present, "replay")]

@@ -76,6 +76,11 @@ class Rows:
         rows, start = self.count[kind], self.start[kind]
         return memoryview(self.columns)[start : start + rows * (SCAN_HEAD + self.width[kind])], rows
 
+    def rowwise(self) -> tuple[memoryview[int], memoryview[int]]:
+        """(kinds, words) of the last scan's rows in the order of the file: a row is SCAN_HEAD words and its fields'
+        slots, as wide as its kind; valid until the next scan."""
+        return memoryview(self.kinds)[: self.records], memoryview(self.rows)[: self.top]
+
     def elements(self) -> memoryview[int]:
         """The elements of all lists of the last scan."""
         return memoryview(self.pool)[: self.pooled]

@@ -38,7 +38,9 @@ if cython.compiled:
     )
     from cython.cimports.dmakit.iova.bits import ceil_log2
     from cython.cimports.dmakit.iova.domain import IovaDomain
-    from cython.cimports.dmakit.trace.operations import Operation
+    from cython.cimports.dmakit.trace.branch import Branch
+    from cython.cimports.dmakit.trace.operation import Operation
+    from cython.cimports.dmakit.trace.tally import Counts, Tally
 else:
     from dmakit.consts import (
         IOVA_MAG_SIZE,
@@ -50,7 +52,9 @@ else:
     )
     from dmakit.iova.bits import ceil_log2
     from dmakit.iova.domain import IovaDomain
-    from dmakit.trace.operations import Operation
+    from dmakit.trace.branch import Branch
+    from dmakit.trace.operation import Operation
+    from dmakit.trace.tally import Counts, Tally
 
 WIDTH_LIMIT = 64
 _RIVALS_LIMIT = 4  # pending operations whose orders are tried at one return
@@ -63,57 +67,12 @@ def order_of(size: cython.ulonglong) -> cython.int:
 
 
 @cython.cclass
-class Branch:
-    """A model of the domain; ``done``: operations that took effect and have not returned; ``passed``: those that were
-    overtaken by a later, conflicting one."""
-
-    def __init__(self, domain: IovaDomain) -> None:
-        self.domain = domain
-        self.done: frozenset[int] = frozenset()
-        self.passed: frozenset[int] = frozenset()
-        self.reordered = self.answer = self.ranges = 0
-        self.cached = False
-
-    def copy(self) -> Branch:
-        """An independent branch with the same past."""
-        twin = Branch(self.domain.copy())
-        twin.done, twin.passed, twin.reordered, twin.ranges = self.done, self.passed, self.reordered, self.ranges
-        return twin
-
-    def state(self) -> tuple[object, ...]:
-        """Equal for branches that will answer alike. ``ranges`` stands for the tree: the exclusive or of the hashes of
-        its ranges, kept up while they come and go."""
-        return self.done, self.ranges, self.domain.search.hints(), self.domain.rcaches.fingerprint()
-
-    def recount(self) -> None:
-        """Compute ``ranges`` anew, after a change that concerned many."""
-        self.ranges = 0
-        for node in self.domain.nodes():
-            self.ranges ^= hash(node)
-
-
-@cython.cclass
-class Counts:
-    """What a replay of one domain counted."""
-
-    def __init__(self) -> None:
-        self.allocations = self.matched = self.adopted = self.diverged = self.operations = 0
-        self.overlapping = self.reordered = self.unknown_frees = 0
-        self.width = 1
-        self.capped = False
-        self.divergences: list[dict[str, Any]] = []
-
-
-@cython.cclass
 class OrderSearch:
     """Replays the operations of one domain; feed ``begin`` and ``end`` in the order of time."""
 
-    def __init__(
-        self, domain: IovaDomain, *, known: bool, presumed: bool = False, width_limit: int = WIDTH_LIMIT
-    ) -> None:
+    def __init__(self, domain: IovaDomain, tallies: list[Tally], *, width_limit: int = WIDTH_LIMIT) -> None:
         self.branches = [Branch(domain)]
-        self.known = known
-        self.presumed = presumed
+        self.tallies = tallies
         self.width_limit = width_limit
         self.pending: dict[int, Operation] = {}
         self.counts = Counts()
@@ -152,7 +111,9 @@ class OrderSearch:
 
     def lose(self) -> None:
         """Events were lost: from here on the state is not known."""
-        self.known = False
+        tally: Tally
+        for tally in self.tallies:
+            tally.known = False
         self.branches = self.branches[:1]
 
     # One operation in one branch --------------------------------------------------------------------------------------
@@ -174,7 +135,7 @@ class OrderSearch:
         elif op.kind == "offline" and op.size < domain.cpus:
             domain.set_online(op.size, False)
             domain.set_online(op.size, True)
-        branch.recount()
+        branch.stale = True
         return True
 
     def _allocate(self, branch: Branch, op: Operation, cpu: cython.int) -> bool:
@@ -183,12 +144,13 @@ class OrderSearch:
         pfn: cython.ulonglong = _alloc(domain, op, cpu, False)
         if pfn == 0 and op.flush and op.searches is None:
             pfn = _alloc(domain, op, cpu, True)
+            branch.stale = True
         cached: cython.bint = domain.ledger.counts[L_IOVA_MAGAZINE] + domain.ledger.counts[L_IOVA_DEPOT] > before
         branch.answer, branch.cached = pfn, cached
         wrong_path = op.searches is not None and cached == bool(op.searches)
         if op.pfn is None or (pfn == op.pfn and not wrong_path):
             if pfn and not cached:
-                branch.ranges ^= hash((pfn, pfn + _span(op.size) - 1))
+                branch.change(pfn, pfn + _span(op.size) - 1)
             return True
         if pfn and cached:
             domain._free_fast(cpu, pfn, op.size)
@@ -205,14 +167,13 @@ class OrderSearch:
             if op.kind == "free_node" or op.to_tree:
                 return
             domain.adopt(pfn, _span(op.size))
-            branch.recount()
+            branch.stale = True
             node = domain.search.tree._find(pfn)
         if op.kind == "free" and not op.to_tree and order_of(op.size) < IOVA_RANGE_CACHE_MAX_SIZE:
             domain._free_fast(cpu, pfn, op.size)
             return
-        gone = (domain.search.tree.lo[node], domain.search.tree.hi[node])
+        branch.change(domain.search.tree.lo[node], domain.search.tree.hi[node])
         domain._free(cpu, pfn)  # also when the kernel found no memory for a magazine
-        branch.ranges ^= hash(gone)
 
     @staticmethod
     def _depot(domain: IovaDomain, op: Operation) -> bool:
@@ -237,14 +198,19 @@ class OrderSearch:
         orders = [(*first, key) for count in range(len(rivals) + 1) for first in permutations(rivals, count)]
         orders = [order for order in orders if not _hopeless(branch.domain, self.pending[order[0]])]
         alone = len(orders) == 1 and self._sure(branch, orders[0])
-        found = []
+        before = branch.done
+        found: list[Branch] = []
+        dead: set[tuple[int, ...]] = set()
         for order in orders:
-            done = (branch.done | set(order)) - {key}
-            for twin in self._sequence(branch if alone else branch.copy(), order):
-                twin.done = done
-                left = [rival for rival in rivals if rival not in order and self.pending[rival].begin < op.begin]
+            if any(order[:count] in dead for count in range(1, len(order))):
+                continue
+            last = order is orders[len(orders) - 1] and found  # nobody needs the branch as it was
+            twins = self._sequence(branch if alone or last else branch.copy(), order, dead)
+            left = [rival for rival in rivals if rival not in order and self.pending[rival].begin < op.begin]
+            for twin in twins:
+                twin.done = (before | set(order)) - {key}
                 twin.passed |= frozenset(left)
-                found.append(twin)
+            found += twins
         return found
 
     def _sure(self, branch: Branch, order: tuple[int, ...]) -> bool:
@@ -257,10 +223,11 @@ class OrderSearch:
             return last.kind == "free" and not first.searches and first.pfn == (_next(branch.domain, first) or None)
         return len(order) == 1
 
-    def _sequence(self, branch: Branch, keys: tuple[int, ...]) -> list[Branch]:
-        """``branch`` and copies of it in which ``keys`` took effect in that order, for every choice of CPU."""
+    def _sequence(self, branch: Branch, keys: tuple[int, ...], dead: set[tuple[int, ...]]) -> list[Branch]:
+        """``branch`` and copies of it in which ``keys`` took effect in that order, for every choice of CPU. When none
+        is left, ``dead`` learns behind which first keys."""
         twins = [branch]
-        for key in keys:
+        for count, key in enumerate(keys):
             op = self.pending[key]
             following = []
             for twin in twins:
@@ -270,6 +237,9 @@ class OrderSearch:
                         target.reordered += key in target.passed
                         following.append(target)
             twins = following
+            if not twins:
+                dead.add(keys[: count + 1])
+                break
         return twins
 
     def _rivals(self, branch: Branch, key: int) -> list[int]:
@@ -301,13 +271,13 @@ class OrderSearch:
         self.counts.width = max(self.counts.width, len(survivors))
         if op.kind != "alloc":
             return
-        if self.known:
-            self.counts.matched += 1
-            self.presumed = False
-        elif all(branch.cached for branch in survivors):
-            self.counts.matched += 1
-        else:
-            self.counts.adopted += 1
+        cached: cython.bint = True
+        branch: Branch
+        for branch in survivors:
+            cached = cached and branch.cached
+        tally: Tally
+        for tally in self.tallies:
+            tally.agree(cached)
 
     def _merge(self, survivors: list[Branch]) -> list[Branch]:
         """One branch for each state, the one with the fewest reordered operations, best first."""
@@ -324,16 +294,15 @@ class OrderSearch:
     def _disagree(self, key: int, op: Operation, branch: Branch) -> None:
         """No order explains ``op``: adopt its answer in ``branch`` and go on."""
         self.branches = [branch]
-        if self.presumed and op.kind in ("alloc", "miss"):
-            self.known = False
-        if self.known:
-            self.counts.diverged += 1
-            self.counts.divergences.append(self._describe(op, branch))
-        elif op.kind == "alloc":
-            self.counts.adopted += 1
+        tally: Tally
+        found: dict[str, Any] | None = None
+        for tally in self.tallies:
+            if tally.disagree(op.kind) and tally.divergence is None:
+                found = found or self._describe(op, branch)
+                tally.divergence = found
         if op.kind == "alloc" and op.pfn:
             _adopt(branch.domain, op, op.pfn)
-            branch.recount()
+            branch.stale = True
 
     def _describe(self, op: Operation, branch: Branch) -> dict[str, Any]:
         """The divergence, with the state around it, for people and JSON."""
