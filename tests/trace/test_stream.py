@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from dmakit.errors import InputError
-from dmakit.trace import stream
+from dmakit.trace import replay, stream
 from dmakit.trace.archive import line_chunks
 from dmakit.trace.replay import TraceReplay, replay_file
 from dmakit.trace.result import Result
@@ -177,6 +177,21 @@ def test_the_long_trace_is_one_that_a_model_explains(tmp_path: Path) -> None:
     assert (result.matched, result.diverged) == (result.allocations, 0)
     assert result.allocations > 1_000
     assert result.overlapping > 100
+
+
+def test_a_branch_forgets_the_operations_that_have_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    retire = replay._Replay._retire
+
+    def watched(self: replay._Replay, iovad: int) -> None:
+        left.extend(len(branch.passed) for branch in self.searches[iovad].branches)
+        retire(self, iovad)
+
+    path = tmp_path / "long.txt"
+    path.write_bytes(b"".join(long_trace(6_000)))
+    monkeypatch.setattr(replay._Replay, "_retire", lambda self, iovad: iovad in self.searches and watched(self, iovad))
+    replay_file(path)
+    assert max(left) <= 2
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -104,6 +104,9 @@ class OrderSearch:
                 survivors += self._continue(branch, key)
                 stuck.append(branch)
         del self.pending[key]
+        for branch in survivors or stuck:
+            if key in branch.passed:
+                branch.passed -= {key}
         if survivors:
             self._agree(op, survivors)
         else:
