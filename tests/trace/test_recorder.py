@@ -94,6 +94,7 @@ def test_a_recording_is_whole_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert (trace.whole, trace.overwritten, trace.cpus, trace.malformed) == (True, False, 2, 0)
     assert trace.recording is not None and trace.recording.complete
     assert trace.recording.start["clock"] == "counter" and trace.recording.start["device"] == "0000:00:04.0"
+    assert trace.recording.cpus == 2
     assert trace.recording.notes() == ["recorded by dmakit  on Linux 7.2.12"]
 
 

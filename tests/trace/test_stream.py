@@ -21,8 +21,10 @@ import zstandard
 from dmakit.errors import InputError
 from dmakit.trace import replay, stream
 from dmakit.trace.archive import line_chunks
+from dmakit.trace.recording import head, tail
 from dmakit.trace.replay import TraceReplay, replay_file
 from dmakit.trace.result import Result
+from dmakit.trace.stream import Facts, Surprise, TraceStream
 from tests.support.long_trace import long_trace
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +125,85 @@ def test_a_pipe_cannot_be_read_again(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"^{told}$"):
         TraceReplay(path, window=SMALL).run()
     writer.join()
+
+
+LEGEND = "# tracer: nop\n#\n#   TASK-PID    CPU#  |||||  TIMESTAMP  FUNCTION\n"
+
+
+def recorded(told: dict[str, int], cpus: int) -> bytes:
+    """What ``dmakit record`` would have written: its head tells ``told``, its end of ``cpus`` CPUs on line."""
+    events = LINES[12:]
+    account = {"complete": True, "events": len(events), "lost": 0}
+    return head(LEGEND, told) + "".join(events).encode() + tail(account, cpus)
+
+
+@pytest.fixture
+def learned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What made a replay begin again."""
+    found: list[str] = []
+    learn = TraceStream.learn
+
+    def noted(self: TraceStream, news: Surprise) -> Facts:
+        found.append(re.sub(r"\d+ and \d+", "A and B", news.args[0]))
+        return learn(self, news)
+
+    monkeypatch.setattr(TraceStream, "learn", noted)
+    return found
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_recording_tells_its_cpus_at_its_head(tmp_path: Path, learned: list[str]) -> None:
+    """One pass, so a pipe will do. What the end says is the same, and never in the first window."""
+    data = recorded({"cpus": 4}, 4)
+    (tmp_path / "x.txt").write_bytes(data)
+    result = both_ways(tmp_path / "x.txt")
+    writer = through_pipe(tmp_path / "pipe", data)
+    assert counted(TraceReplay(tmp_path / "pipe", BOOT, window=SMALL).run()) == counted(result)
+    writer.join()
+    assert (result.matched, learned) == (3_087, [])
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("told", [{}, {"cpus": 2}])
+def test_a_recording_whose_end_tells_of_more_cpus_is_begun_again_once(
+    tmp_path: Path, learned: list[str], told: dict[str, int]
+) -> None:
+    (tmp_path / "x.txt").write_bytes(recorded(told, 4))
+    assert both_ways(tmp_path / "x.txt").matched == 3_087
+    assert learned == ["a header that tells of 4 CPUs between lines A and B"]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_from_a_pipe_such_a_recording_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    writer = through_pipe(path, recorded({"cpus": 2}, 4))
+    told = re.escape(f"{path}: a header that tells of 4 CPUs between lines ") + r"\d+ and \d+"
+    told += re.escape(
+        ": not to be foreseen from the first 2000 events, and a pipe is read once; write the trace to a file"
+    )
+    with pytest.raises(InputError, match=f"^{told}$"):
+        TraceReplay(path, BOOT, window=SMALL).run()
+    writer.join()
+
+
+@pytest.mark.parametrize("told", [{}, {"cpus": "2"}, {"cpus": 0}, {"cpus": 3}])
+def test_a_recording_without_its_end_has_the_cpus_of_its_head(tmp_path: Path, told: dict[str, Any]) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(head(LEGEND, told) + "".join(LINES[12:]).encode())
+    found = TraceStream(path)
+    assert found.facts.online == (3 if told == {"cpus": 3} else 1)
+    found.close()
+
+
+def test_a_last_chunk_of_comments_alone_may_surprise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counts behind the last event, in a chunk without an event."""
+    lines = recorded({"cpus": 2}, 4).splitlines(keepends=True)
+    chunks = [b"".join(lines[:3_000]), b"".join(lines[3_000:-1]), lines[-1]]
+    monkeypatch.setattr(stream, "line_chunks", lambda path: iter(chunks))
+    with pytest.raises(Surprise) as told:
+        list(TraceStream(tmp_path, window=SMALL).batches())
+    last = len(lines)
+    assert told.value.args[0] == f"a header that tells of 4 CPUs between lines {last} and {last}"
 
 
 @pytest.mark.parametrize("pack", [bytes, lambda _: PACKED.read_bytes(), zstandard.ZstdCompressor().compress])

@@ -27,7 +27,7 @@ from dmakit.trace.events import EVENTS, NEEDS, missing_events
 from dmakit.trace.fresh_domain import FreshDomain
 from dmakit.trace.loss import Account, Marker
 from dmakit.trace.probes import ALLOCATOR, INVALIDATION, MAPPING, STATIC, STATIC_CALLS, Probe
-from dmakit.trace.recording import check_output, head, new_file, tail
+from dmakit.trace.recording import check_output, cpus_on_line, head, new_file, tail
 from dmakit.trace.session import OVERWRITE, Refusal, Session
 from dmakit.trace.tracefs import Tracefs
 from dmakit.trace.workload_run import Signals, Workload
@@ -195,7 +195,8 @@ class Recorder:
         order = self.order
         legend = session.read("trace")
         with new_file(order.output) as sink:
-            sink.write(head(legend, self._facts(session)))
+            cpus = cpus_on_line(legend) or len(session.stats())
+            sink.write(head(legend, self._facts(session) | {"cpus": cpus}))
             marker = Marker()
             mark = self._mark_boot(session)
             session.switch(True)
@@ -211,8 +212,8 @@ class Recorder:
             self._wait_out(workload, signals)
             self._empty(session, sink, marker, signals)
             self._settle(session, marker)
-            sink.write(tail(self.account.as_json() | {"seconds": round(seconds, 3), "status": workload.status},
-                            len(self.account.by_cpu)))  # fmt: skip
+            account = self.account.as_json() | {"seconds": round(seconds, 3), "status": workload.status}
+            sink.write(tail(account, cpus))
             boot_path = self._write_boot(boot)
         return self._outcome(session, workload, signals, seconds, boot_path)
 

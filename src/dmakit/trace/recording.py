@@ -17,6 +17,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,12 @@ class Recording:
     end: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def cpus(self) -> int:
+        """CPUs on line when the recording began; 0 when its head does not tell."""
+        cpus = self.start.get("cpus")
+        return cpus if isinstance(cpus, int) and cpus > 0 else 0
+
+    @property
     def complete(self) -> bool:
         """Whether every event from start to end is in the file."""
         return self.end.get("complete") is True
@@ -66,6 +73,12 @@ class Recording:
 def comment(facts: dict[str, Any]) -> bytes:
     """The comment line that holds ``facts``."""
     return _PREFIX + json.dumps(facts, ensure_ascii=True).encode() + b"\n"
+
+
+def cpus_on_line(legend: str) -> int | None:
+    """CPUs on line, from what the kernel prints above its events; None when it does not tell."""
+    found = re.search(r"#P:(\d+)", legend)
+    return int(found[1]) if found else None
 
 
 def head(legend: str, facts: dict[str, Any]) -> bytes:

@@ -43,7 +43,7 @@ class Surprise(Exception):
 @dataclass
 class Facts:
     """What holds for a whole trace. ``window``: how many records an ordering has to hold back (None: all).
-    ``online``: CPUs on line by the header; ``dmakit record`` writes one at the end of the file."""
+    ``online``: CPUs on line (``Totals.online``)."""
 
     cpus: set[int] = field(default_factory=set)
     kinds: set[int] = field(default_factory=set)
@@ -100,7 +100,7 @@ class TraceStream:
         for batch in self._scans:
             facts.add(batch)
             self._head.append(batch.copy())
-            facts.online = self._online()
+            facts.online = self.totals.online
             if self.totals.records >= self.window:
                 return facts
         facts.whole, facts.window = True, None
@@ -122,20 +122,18 @@ class TraceStream:
                 self.progress(self.totals.records)
         self.totals.refuse_without_events(self.lost[0])
 
-    def _online(self) -> int:
-        return self.totals.header[2] if self.totals.header is not None else 1
-
     def _records(self) -> Iterator[Batch]:
         while self._head:
             yield self._head.popleft()
+        begin = self.totals.lines + 1
         for batch in self._scans:
             news = [] if self.facts.whole else self.facts.add(batch)
-            if self._online() > self.facts.online:
-                news.append(f"a header that tells of {self._online()} CPUs")
+            if self.totals.online > self.facts.online:
+                news.append(f"a header that tells of {self.totals.online} CPUs")
             if news:
-                begin = int(batch.lines(np.array([0]))[0])
                 raise Surprise(f"{news[0]} between lines {begin} and {self.totals.lines}", self)
             yield batch
+            begin = self.totals.lines + 1
 
     def batches(self) -> Iterator[Batch]:
         """All records in the order of time. A batch is valid until the next one is asked for. Raises Surprise."""
@@ -170,5 +168,5 @@ class TraceStream:
         scan = TraceStream(self.path, Facts(), window=self.window, progress=self.progress)
         for batch in scan._scans:
             facts.add(batch)
-        facts.online = scan._online()
+        facts.online = scan.totals.online
         return facts

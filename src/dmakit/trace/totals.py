@@ -59,6 +59,14 @@ class Totals:
             self.header = (int(found[1]), int(found[2]), int(found[3]))
 
     @property
+    def online(self) -> int:
+        """CPUs on line: by the header; where it is missing or not read yet (``dmakit record`` writes it at the end), by
+        the recording's head; else 1."""
+        if self.header is not None:
+            return self.header[2]
+        return (self.recording.cpus if self.recording is not None else 0) or 1
+
+    @property
     def overwritten(self) -> bool:
         """Whether the header says that the ring buffer overwrote its oldest events, or (in a file by ``dmakit record``)
         lost more than its marks show the place of."""
