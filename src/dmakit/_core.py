@@ -27,6 +27,7 @@ from pathlib import Path
 from types import ModuleType
 
 COMPILED_MODULES = (
+    "dmakit._seal",
     "dmakit.bench.native",
     "dmakit.bench.pairs",
     "dmakit.block.dma_iter",
@@ -101,6 +102,7 @@ COMPILED_MODULES = (
 
 PACKAGE = Path(__file__).resolve().parent
 REBUILD = "./dmakit build"
+_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class made by a class statement, not a compiled one
 _CIMPORT = re.compile(rb"(?:cython\.cimports\.|from +)(dmakit(?:\.\w+)+) +c?import")
 
 
@@ -176,6 +178,19 @@ def requested() -> str:
     return value
 
 
+class _Loader(importlib.machinery.ExtensionFileLoader):
+    """Loads a compiled module and seals its classes (``_seal``)."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        if module.__name__ == "dmakit._seal":
+            return
+        seal = importlib.import_module("dmakit._seal")._seal
+        for thing in vars(module).values():
+            if isinstance(thing, type) and thing.__module__ == module.__name__ and not thing.__flags__ & _HEAP:
+                seal(thing)
+
+
 class _CoreFinder(importlib.abc.MetaPathFinder):
     """Decides, module by module, which form of a hot module is loaded."""
 
@@ -201,7 +216,7 @@ class _CoreFinder(importlib.abc.MetaPathFinder):
                 f"{fullname}: the compiled module is older than its source; rebuild it with: {REBUILD}"
                 " (or run interpreted with DMAKIT_CORE=python)"
             )
-        loader = importlib.machinery.ExtensionFileLoader(fullname, str(extension))
+        loader = _Loader(fullname, str(extension))
         return importlib.util.spec_from_file_location(fullname, extension, loader=loader)
 
 

@@ -16,11 +16,14 @@ from dataclasses import dataclass
 import cython
 
 from dmakit import consts
+from dmakit.errors import MisuseError
 
 if cython.compiled:
     from cython.cimports.dmakit.consts import L_LOCK_RBTREE, N_LEDGER
 else:
     from dmakit.consts import L_LOCK_RBTREE, N_LEDGER
+
+MOST_CPUS = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,8 @@ class Ledger:
     """The counters of one machine. ``counts``: int64 by ``L_*`` index; ``locks``: int64, 4 a CPU."""
 
     def __init__(self, cpus: int = 1) -> None:
+        if not 0 < cpus <= MOST_CPUS:
+            raise MisuseError(f"cpus={cpus}: must be 1 to {MOST_CPUS}")
         self.cpus = cpus
         self.counts = memoryview(array("q", bytes(8 * N_LEDGER)))
         self.locks = memoryview(array("q", bytes(8 * 4 * cpus)))
@@ -127,6 +132,8 @@ class Ledger:
 
     def count(self, row: int, amount: int = 1) -> None:
         """Add to a row, for callers that are not compiled."""
+        if not 0 <= row < N_LEDGER:
+            raise MisuseError(f"row={row}: must be one of the L_* constants, 0 to {N_LEDGER - 1}")
         self.counts[row] += amount
 
     def snapshot(self) -> dict[str, int]:

@@ -236,8 +236,8 @@ def test_bad_flushes_name_value_and_rule() -> None:
             lambda: b.unit.flush_range(2, 0, 1 << 64),
             "[0x0, 0x10000000000000000]: a flush needs 0 <= start <= end < 2^64",
         ),
-        (lambda: b.unit.flush_all(2, cause=6), "cause=6: must be one of the CAUSE_* constants, 0 to 5"),
-        (lambda: b.unit.inv_global(cpu=2), "cpu=2: this machine has 2"),
+        (lambda: b.unit.flush_all(2, cause=6), "cause=6: must be from 0 to 5"),
+        (lambda: b.unit.inv_global(cpu=2), "cpu=2: must be from 0 to 1"),
         (
             lambda: b.unit.inv_pages(2, 0x1000, 1),
             "addr=0x1000 mask=1: must be an aligned block of 2^mask pages, mask 0 to 51",

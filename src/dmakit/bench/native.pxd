@@ -4,7 +4,7 @@ cdef class Empty:
 cdef void _fill(unsigned long long[::1] table, unsigned long long first, unsigned long long step) noexcept nogil
 cdef unsigned long long _walk(unsigned long long[::1] table, unsigned long long root, unsigned long long[::1] addresses) noexcept nogil
 
-cdef class Ready:
+cdef class _Ready:
     cdef unsigned long long[::1] sq
     cdef unsigned long long[::1] cq
     cdef unsigned int[::1] bar

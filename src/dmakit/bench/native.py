@@ -7,12 +7,14 @@ bookkeeping, no bounds, no ledger. Interpreted, the same loops run as Python; ``
 * ``Empty.call``: what one call of a native method costs CPython, with one integer in and one out.
 * ``fill``: one 8-byte page-table entry after the other, ascending addresses (F).
 * ``walk``: the barest four-level walk, entries only (W).
-* ``Ready``: a controller that has always finished; not a yardstick, but what row 16 drives.
+* ``_Ready``: a controller that has always finished; not a yardstick, but what row 16 drives.
 """
 
 from __future__ import annotations
 
 import cython
+
+from dmakit.iova.arguments import words as as_words
 
 
 @cython.cclass
@@ -24,9 +26,9 @@ class Empty:
         return value
 
 
-def fill(words: memoryview[int], first: cython.ulonglong, step: cython.ulonglong) -> None:
+def fill(words: object, first: cython.ulonglong, step: cython.ulonglong) -> None:
     """Write len(words) entries: ``first``, ``first + step``, …"""
-    _fill(words, first, step)
+    _fill(as_words("words", words, writable=True), first, step)
 
 
 def _fill(table: memoryview[int], first: cython.ulonglong, step: cython.ulonglong) -> cython.void:
@@ -39,8 +41,11 @@ def _fill(table: memoryview[int], first: cython.ulonglong, step: cython.ulonglon
         i += 1
 
 
-def walk(words: memoryview[int], root: cython.ulonglong, iovas: memoryview[int]) -> int:
-    """Translate every address of ``iovas`` (uint64) by four reads from ``root``; returns the XOR of the answers."""
+def _walk_unchecked(words: memoryview[int], root: cython.ulonglong, iovas: memoryview[int]) -> int:
+    """Translate every address of ``iovas`` (uint64) by four reads from ``root``; returns the XOR of the answers.
+
+    Nothing is checked, hence the underscore: whoever calls it has built the tables in ``words``.
+    """
     return _walk(words, root, iovas)
 
 
@@ -62,8 +67,10 @@ def _walk(table: memoryview[int], root: cython.ulonglong, addresses: memoryview[
 
 
 @cython.cclass
-class Ready:
+class _Ready:
     """The NVMe controller that is always ready: every command that was submitted has succeeded when it looks.
+
+    Nothing is checked, hence the underscore: whoever makes one has built the rings.
 
     ``sq``, ``cq``: the words of both rings of ``entries`` entries (at most 64: each in one page) and their first word;
     ``bar``: 32-bit words, with the tail at index ``tail``.

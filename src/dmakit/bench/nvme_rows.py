@@ -1,7 +1,7 @@
 """Row 16: what the NVMe driver itself costs an I/O, against a controller that is always ready.
 
 * **16**: 4 KiB reads of registered memory, 32 a batch: one ``BatchQueue.submit`` (32 entries written, one doorbell) and
-  one ``complete`` (32 completions checked and taken, one doorbell), from Python. The controller (``native.Ready``)
+  one ``complete`` (32 completions checked and taken, one doorbell), from Python. The controller (``native._Ready``)
   answers in between; its own few ns are in the figure. The queue is a real one: the controller was brought up by the
   driver, on the software machine; doorbells are plain stores, as on hardware.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
-from dmakit.bench.native import Ready
+from dmakit.bench.native import _Ready
 from dmakit.bench.row import Bench, Row
 from dmakit.nvme.batch import BatchQueue, pointers
 from dmakit.nvme.controller import Controller
@@ -50,8 +50,8 @@ def _driven(bench: Bench) -> tuple[BatchQueue, Any, dict[str, Any]]:
         queue = controller.batch(1)
         pair, bar = queue.pair, host.transport.bar
         assert bar is not None
-        ready = Ready((pair.sq.words, pair.sq.pages[0]), (pair.cq.words, pair.cq.pages[0]), pair.entries, pair.qid, bar,
-                      pair.core.sq_doorbell >> 2)  # fmt: skip
+        sq, cq = (pair.sq.words, pair.sq.pages[0]), (pair.cq.words, pair.cq.pages[0])
+        ready = _Ready(sq, cq, pair.entries, pair.qid, bar, pair.core.sq_doorbell >> 2)
         buffer = controller.buffer(_BATCH * 4096)
         low, high = pointers(array("Q", [buffer.address(4096 * at) for at in range(_BATCH)]), 4096)
         arrays = {"low": low, "high": high, "lbas": array("Q", range(0, 8 * _BATCH, 8)),

@@ -1,7 +1,7 @@
 """Rounds of one batch of allocations and one of frees, as a program in C would do them: no Python between, no GIL.
 
 What the thread rows measure: called from Python, batches of 64 take the GIL twice a call, and threads then measure how
-CPython hands it over. ``thread_rows`` has both.
+CPython hands it over. ``thread_rows`` has both. Arguments are not checked, hence the underscores.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ else:
     from dmakit.iova.shared import SharedDomain
 
 
-def alone(domain: IovaAllocator, sizes: memoryview[int], pfns: memoryview[int], top: int, rounds: int) -> None:
+def _alone_unchecked(
+    domain: IovaAllocator, sizes: memoryview[int], pfns: memoryview[int], top: int, rounds: int
+) -> None:
     """``rounds`` rounds on CPU 0 of a domain without locks; ``sizes`` in granules, ``pfns`` is written."""
     _alone(domain, sizes, pfns, top, rounds)
 
 
-def shared(
+def _shared_unchecked(
     domain: SharedDomain, cpu: int, sizes: memoryview[int], pfns: memoryview[int], top: int, rounds: int
 ) -> None:
     """``rounds`` rounds on ``cpu`` of a domain with locks; threads with arrays of their own run side by side."""

@@ -82,14 +82,14 @@ def _calls(domain: IovaDomain | SharedDomain) -> Work:
 def without_locks(bench: Bench) -> float:
     """ns a pair of the form without locks, no Python between the batches."""
     domain = bench.once("threads alone", IovaDomain)
-    work: Work = lambda cpu, sizes, pfns, rounds: pairs.alone(domain, sizes, pfns, _LIMIT, rounds)  # noqa: E731
+    work: Work = lambda cpu, sizes, pfns, rounds: pairs._alone_unchecked(domain, sizes, pfns, _LIMIT, rounds)  # noqa: E731
     return elapsed(bench, 1, bench.scaled(_ROUNDS), work)
 
 
 def with_locks(threads: int, bench: Bench) -> tuple[float, float]:
     """ns a pair of ``threads`` threads behind locks, and of one without; no Python between the batches."""
     domain = bench.once(f"threads {threads}", lambda: SharedDomain(IovaDomain(cpus=threads)))
-    work: Work = lambda cpu, sizes, pfns, rounds: pairs.shared(domain, cpu, sizes, pfns, _LIMIT, rounds)  # noqa: E731
+    work: Work = lambda cpu, sizes, pfns, rounds: pairs._shared_unchecked(domain, cpu, sizes, pfns, _LIMIT, rounds)  # noqa: E731
     return elapsed(bench, threads, bench.scaled(_ROUNDS), work), without_locks(bench)
 
 

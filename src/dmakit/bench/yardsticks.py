@@ -14,7 +14,7 @@ import ctypes
 import random
 from array import array
 
-from dmakit.bench.native import Empty, fill, walk
+from dmakit.bench.native import Empty, _walk_unchecked, fill
 from dmakit.bench.row import Bench
 
 NAMES = {
@@ -50,7 +50,7 @@ def bare_fill(bench: Bench) -> float:
 def bare_walk(bench: Bench) -> float:
     """W."""
     words, addresses = bench.once("walk", lambda: walked_tables(bench.scaled(ADDRESSES)))
-    return bench.timed(lambda: walk(words, 4096, addresses), len(addresses))
+    return bench.timed(lambda: _walk_unchecked(words, 4096, addresses), len(addresses))
 
 
 def walked_tables(count: int) -> tuple[memoryview[int], memoryview[int]]:

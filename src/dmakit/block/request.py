@@ -16,11 +16,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from typing import Any
 
 import cython
 
 from dmakit.block.limits import SECTOR_SHIFT, QueueLimits
 from dmakit.errors import MisuseError
+from dmakit.iova.arguments import pairs
 
 if cython.compiled:
     from cython.cimports.dmakit.block.segments import (
@@ -64,15 +66,18 @@ _DIRECTIONS = {
 class Payload:
     """Memory of a request: ``bvecs`` is a sequence of (phys, length), lengths in bytes and above 0."""
 
-    def __init__(self, bvecs: Sequence[tuple[int, int]], limits: QueueLimits, gap_bit: int = -1) -> None:
-        for phys, length in bvecs:
+    def __init__(self, bvecs: Iterable[tuple[int, int]], limits: QueueLimits, gap_bit: int = -1) -> None:
+        if not isinstance(limits, QueueLimits):
+            raise TypeError(f"limits={limits!r}: must be QueueLimits")
+        given: Any = pairs("bvecs", bvecs)
+        for phys, length in given:
             if phys < 0 or phys >= 1 << 63 or length <= 0 or length > 1 << 32:
                 raise MisuseError(
                     f"segment (phys={phys:#x}, length={length}): phys must lie in [0, 2^63), length in [1, 2^32]"
                 )
-        self.count = len(bvecs)
-        self.phys = memoryview(array("Q", [phys for phys, _ in bvecs] or [0]))
-        self.length = memoryview(array("Q", [length for _, length in bvecs] or [0]))
+        self.count = len(given)
+        self.phys = memoryview(array("Q", [phys for phys, _ in given] or [0]))
+        self.length = memoryview(array("Q", [length for _, length in given] or [0]))
         self.max_size = limits.max_segment_size
         self.boundary = limits.seg_boundary_mask
         self._measure()
@@ -153,10 +158,10 @@ class Request:
         self.direction = _DIRECTIONS[Op(op)]
         self.sector = sector
         self.limits = limits or QueueLimits()
-        self.data = Payload(list(bvecs), self.limits, gap_bit)
-        self.integrity = Payload(list(integrity), self.limits)
+        self.data = Payload(bvecs, self.limits, gap_bit)
+        self.integrity = Payload(integrity, self.limits)
         self.user_command = user_command
-        self.ranges = tuple(ranges)
+        self.ranges = tuple(pairs("ranges", ranges))
         self.cpu = cpu
         self.tag = -1
         self.context: object = None

@@ -10,6 +10,7 @@ from dmakit.swiotlb.bounce cimport Swiotlb
 
 cdef unsigned long long MASK_32BIT
 cdef unsigned long long LARGE_LEAF
+cdef int _NOT_MEMORY
 cdef int _SLOTS_EXHAUSTED
 cdef int _FAILED_MAP_REPORTED_AS_SUCCESS
 cdef int WARN_UNLINK_HOLE
@@ -80,7 +81,7 @@ cdef class MapCore:
     cdef int _bounce_sync(self, unsigned long long tlb, unsigned long long size, bint to_device) except -1 nogil
     cdef bint _is_slot(self, unsigned long long phys) noexcept nogil
     cdef unsigned long long _remember(self, unsigned long long addr, unsigned long long size) except? 0 nogil
-    cdef int _widen_scratch(self, Py_ssize_t needed) except -1 with gil
+    cdef int _widen_scratch(self) except -1 with gil
     cdef int _release_remembered(self, int direction, int attrs) except -1 nogil
     cdef bint _cuts_leaf(self, unsigned long long start, unsigned long long end) except? -1 nogil
     cdef void _warn(self, int which) noexcept with gil

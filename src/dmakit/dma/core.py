@@ -27,6 +27,8 @@ from typing import Any
 import cython
 
 from dmakit.dma.defects import FAILED_MAP_REPORTED_AS_SUCCESS
+from dmakit.errors import MisuseError
+from dmakit.iova.arrays import widened
 from dmakit.reasons import Reason
 
 if cython.compiled:
@@ -37,6 +39,7 @@ if cython.compiled:
         DMA_BIDIRECTIONAL,
         DMA_FROM_DEVICE,
         DMA_TO_DEVICE,
+        EFAULT,
         ENOMEM,
         IO_TLB_SHIFT,
         IO_TLB_SIZE,
@@ -57,6 +60,7 @@ else:
         DMA_BIDIRECTIONAL,
         DMA_FROM_DEVICE,
         DMA_TO_DEVICE,
+        EFAULT,
         ENOMEM,
         IO_TLB_SHIFT,
         IO_TLB_SIZE,
@@ -73,6 +77,13 @@ else:
 MASK_32BIT = (1 << 32) - 1
 LARGE_LEAF = 1 << 21
 
+_NEEDED = ("memory", "ledger")
+_OPTIONS = (
+    *("domain", "iovad", "flush_queue", "swiotlb", "p2p", "cache", "fail", "checker", "gather", "identity", "coherent"),
+    *("trusted", "kmalloc_bounce", "force_bounce", "pci", "unchecked", "forcedac", "mask", "coherent_mask"),
+    *("bus_dma_limit", "min_align_mask", "max_segment", "boundary", "defects"),
+)
+_NOT_MEMORY = 0
 _SLOTS_EXHAUSTED = int(Reason.SLOTS_EXHAUSTED)
 _FAILED_MAP_REPORTED_AS_SUCCESS = FAILED_MAP_REPORTED_AS_SUCCESS
 _WARNINGS = (
@@ -95,11 +106,19 @@ WARN_UNMAP_SIZE = 6
 WARN_UNMAP_NOTHING = 7
 
 
+def _need_all(name: str, options: dict[str, Any]) -> None:
+    missing = [needed for needed in _NEEDED if options.get(needed) is None]
+    missing += [needed for needed in _OPTIONS if needed not in options]
+    if missing:
+        raise MisuseError(f"device {name!r}: needs the option {missing[0]!r}")
+
+
 @cython.cclass
 class MapCore:
     """The mapping state of one device. Made by ``dma.device.Device``; options are documented there."""
 
     def __init__(self, name: str, options: dict[str, Any]) -> None:
+        _need_all(name, options)
         self.name = name
         self.memory = options["memory"]
         self.domain = options["domain"]
@@ -278,10 +297,12 @@ class MapCore:
         attrs: cython.int,
         cpu: cython.int,
     ) -> cython.ulonglong:
-        """A slot that holds a copy of [phys, phys+size); 0 (error −ENOMEM) when there is none.
+        """A slot that holds a copy of [phys, phys+size); 0 when there is none (error −ENOMEM; −EFAULT: not memory).
 
         ``align_mask`` = granule − 1 behind an IOMMU, where an untrusted device must find zeros around the copy."""
         tlb: cython.ulonglong = 0
+        if size > self.memory.span or phys > self.memory.span - size:  # there is nothing to copy
+            return self._fail(-EFAULT, _NOT_MEMORY)
         if self.swiotlb is not None:
             self.skip_sync = False
             if self.cache is not None:
@@ -327,15 +348,14 @@ class MapCore:
         length: cython.ulonglong
         phys: cython.ulonglong
         used: cython.Py_ssize_t = 0
-        needed: cython.Py_ssize_t = 2 * ((size >> self.granule_shift) + 2)
-        if needed > len(self.scratch):
-            self._widen_scratch(needed)
         while at < end:
             phys = self.domain._iova_to_phys(at)
             if phys == 0:
                 self._warn(WARN_UNLINK_HOLE)
                 break
             length = min(end - at, self.granule_mask + 1 - (at & self.granule_mask))
+            if used == len(self.scratch):
+                self._widen_scratch()
             self.scratch[used] = phys
             self.scratch[used + 1] = length
             used += 2
@@ -343,8 +363,8 @@ class MapCore:
         self.scratch_used = used
         return at - addr
 
-    def _widen_scratch(self, needed: cython.Py_ssize_t) -> cython.int:
-        self.scratch = memoryview(array("Q", bytes(8 * needed)))
+    def _widen_scratch(self) -> cython.int:
+        self.scratch = widened("Q", self.scratch, 2 * len(self.scratch))
         return 0
 
     def _release_remembered(self, direction: cython.int, attrs: cython.int) -> cython.int:

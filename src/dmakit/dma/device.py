@@ -26,6 +26,7 @@ from dmakit.dma.defects import defect_bits
 from dmakit.dma.direction import Attrs, checked_attrs, checked_cpu, checked_direction, checked_range, integer
 from dmakit.dma.report import map_error, sg_error
 from dmakit.errors import MisuseError
+from dmakit.iova.arguments import pairs
 from dmakit.reasons import Reason
 from dmakit.swiotlb.bounce import max_mapping_size
 
@@ -103,6 +104,8 @@ class Device(Windows):
         )
         if unknown:
             raise MisuseError(f"device {name!r}: unknown option {sorted(unknown)[0]!r}")
+        if options.get("port") is None:
+            raise MisuseError(f"device {name!r}: needs the option 'port'")
         merged = {**_DEFAULTS, **options}
         _checked_mask("mask", merged["mask"])
         if merged["coherent_mask"] is None:
@@ -124,9 +127,10 @@ class Device(Windows):
 
     def set_mask(self, mask: SupportsIndex, coherent_mask: SupportsIndex | None = None) -> None:
         """``dma_set_mask`` (2**n - 1), and ``dma_set_coherent_mask`` when given."""
-        self.mask = _checked_mask("mask", mask)
+        wide = _checked_mask("mask", mask)
         if coherent_mask is not None:
             self.coherent_mask = _checked_mask("coherent_mask", coherent_mask)
+        self.mask = wide
 
     def set_max_segment(self, size: SupportsIndex) -> None:
         """``dma_set_max_seg_size``: the longest output segment of a scatterlist (bytes)."""
@@ -294,11 +298,16 @@ class Device(Windows):
         An entry may be a peer's device memory when the device has a ``p2p`` state; UnsupportedError (EREMOTEIO) when
         the two cannot talk.
         """
-        sg = SgMapping(len(segments))
+        given, total = pairs("map_sg", segments), 0
+        sg = SgMapping(len(given))
         sg.direction, sg.attrs = checked_direction(direction), checked_attrs(attrs)
-        for i, segment in enumerate(segments):
-            sg.phys[i], sg.length[i] = checked_range("map_sg", segment[0], segment[1])
-        sg.entries = len(segments)
+        for i, (phys, length) in enumerate(given):
+            place, length = checked_range("map_sg", phys, length)
+            sg.phys[i], sg.length[i] = place, length
+            total += length
+        if total >= 1 << 62:
+            raise MisuseError(f"map_sg: {total:#x} bytes in all: must be below 2**62")
+        sg.entries = len(given)
         count = self._map_sg(sg, checked_cpu(cpu, self.ledger.cpus))
         if count <= 0:
             raise sg_error(self, int(count), sg)
@@ -340,11 +349,13 @@ class Device(Windows):
         cpu: SupportsIndex = 0,
     ) -> _phys_vec.RangeMapping:
         """Map several (phys, size) as one device range where they meet on granules, each by itself elsewhere."""
-        if not ranges:
+        pieces = [checked_range("map_ranges", phys, size) for phys, size in pairs("map_ranges", ranges)]
+        if not pieces:
             raise MisuseError("map_ranges: needs at least one range")
-        pieces = [checked_range("map_ranges", phys, size) for phys, size in ranges]
-        on = checked_cpu(cpu, self.ledger.cpus)
-        return _phys_vec.map_ranges(self, pieces, checked_direction(direction), checked_attrs(attrs), on)
+        way, how, on = checked_direction(direction), checked_attrs(attrs), checked_cpu(cpu, self.ledger.cpus)
+        if way == DMA_NONE:
+            raise MisuseError("map_ranges: Direction.NONE cannot be mapped")
+        return _phys_vec.map_ranges(self, pieces, way, how, on)
 
     # Memory that driver and device share -------------------------------------------------------------------
 

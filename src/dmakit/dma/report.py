@@ -39,6 +39,8 @@ def link_error(core: Any, error: int, phys: int, offset: int, size: int, directi
         return UnsupportedError(f"{what}: {Attrs.REQUIRE_COHERENT!r} but {why}", errno)
     if errno == consts.EPERM:
         return UnsupportedError(f"{what}: must be bounced, which {Attrs(attrs)!r} forbids", errno)
+    if errno == consts.EFAULT:
+        return MisuseError(f"{what}: must be bounced, but there is no memory to copy", errno)
     if errno == consts.ENOMEM:
         lack = "bounce slot" if core.why == Reason.SLOTS_EXHAUSTED else "memory for an IOMMU table page"
         return ExhaustedError(f"{what}: no {lack}", errno)
@@ -67,6 +69,8 @@ def told(core: Any, errno: int, *, linking: bool = False) -> DmakitError | None:
 def _cause(core: Any, attrs: int) -> tuple[type[DmakitError], str, int]:
     """Whose fault the last failed mapping was, in words, and the errno to report."""
     errno = -core.error
+    if errno == consts.EFAULT:
+        return MisuseError, "must be bounced, but there is no memory to copy", errno
     if core.why == Reason.IOVA_EXHAUSTED:
         return ExhaustedError, f"no free IOVA range at or below {core.mask:#x}", consts.ENOMEM
     if core.why == Reason.SLOTS_EXHAUSTED:

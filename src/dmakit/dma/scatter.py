@@ -19,10 +19,12 @@ Models ``drivers/iommu/dma-iommu.c`` (iommu_dma_map_sg, __finalise_sg), ``kernel
 from __future__ import annotations
 
 from array import array
+from typing import SupportsIndex
 
 import cython
 
 from dmakit.dma import defects
+from dmakit.iova.arguments import within
 from dmakit.reasons import Reason
 
 if cython.compiled:
@@ -66,14 +68,15 @@ _SG_BUS_LENGTH_OF_HEAD = defects.SG_BUS_LENGTH_OF_HEAD
 _DIRECT_SG_HOST_BRIDGE = defects.DIRECT_SG_HOST_BRIDGE
 _ALL_ONES = (1 << 64) - 1
 _UINT_MASK = (1 << 32) - 1
+_MOST_ENTRIES = 1 << 24  # of one list; Linux counts them in an int
 
 
 @cython.cclass
 class SgMapping:
     """A scatterlist of up to ``capacity`` entries and what it was mapped to."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: SupportsIndex) -> None:
+        self.capacity = capacity = within("capacity", capacity, 0, _MOST_ENTRIES)
         self.entries = 0
         self.count = 0
         self.direction = 0

@@ -27,7 +27,7 @@ from typing import SupportsIndex
 
 import cython
 
-from dmakit.errors import MisuseError
+from dmakit.errors import ExhaustedError, MisuseError
 from dmakit.iova.arguments import within
 from dmakit.iova.arguments import words as as_words
 from dmakit.iova.arrays import zeroed
@@ -252,6 +252,13 @@ def _refine(words: memoryview[int], out: memoryview[int], shift: cython.int, fie
         i += 1
 
 
+def _clear_words(words: int, bits: int) -> memoryview[int]:
+    try:
+        return zeroed("Q", words)
+    except MemoryError:
+        raise ExhaustedError(f"no memory for a bitmap of {bits} bits") from None
+
+
 @cython.cclass
 class Bitmap:
     """``bits`` dirty bits, all clear, or over ``words``: a buffer of 64-bit words (a mapped bitmap).
@@ -261,13 +268,14 @@ class Bitmap:
     """
 
     def __init__(self, bits: SupportsIndex, words: object | None = None) -> None:
-        self.bits = within("bits", bits, 1, _MOST)
-        needed = (self.bits + 63) >> 6
-        marks = zeroed("Q", needed) if words is None else as_words("words", words, writable=True)
+        size = within("bits", bits, 1, _MOST)
+        needed = (size + 63) >> 6
+        marks = _clear_words(needed, size) if words is None else as_words("words", words, writable=True)
         if len(marks) != needed:
-            raise MisuseError(f"words: has {len(marks)}, {self.bits} bits need {needed}")
-        if self.bits & 63 and marks[needed - 1] >> (self.bits & 63):
-            raise MisuseError(f"words: bits above {self.bits} are set in the last one")
+            raise MisuseError(f"words: has {len(marks)}, {size} bits need {needed}")
+        if size & 63 and marks[needed - 1] >> (size & 63):
+            raise MisuseError(f"words: bits above {size} are set in the last one")
+        self.bits = size
         self.marks = marks
         self.words = marks
         self.stop = 0

@@ -27,6 +27,7 @@ import cython
 
 from dmakit.errors import MisuseError
 
+MOST_ENTRIES = 1 << 20
 POLICIES = ("lru", "fifo")
 _LEVELS = 8  # level codes 1 to 5 are used
 
@@ -46,8 +47,8 @@ class SetCache:
     """``entries`` words in sets of ``ways``; both powers of two. Values are the caller's 64-bit words."""
 
     def __init__(self, entries: int, ways: int, policy: str = "lru") -> None:
-        if entries <= 0 or entries & (entries - 1):
-            raise MisuseError(f"entries={entries}: a cache's capacity must be a power of two")
+        if not 0 < entries <= MOST_ENTRIES or entries & (entries - 1):
+            raise MisuseError(f"entries={entries}: a cache's capacity must be a power of two up to {MOST_ENTRIES}")
         if ways <= 0 or ways & (ways - 1) or ways > entries:
             raise MisuseError(f"ways={ways}: must be a power of two up to the capacity, {entries}")
         if policy not in POLICIES:

@@ -29,6 +29,7 @@ import cython
 from dmakit.errors import DmakitError, ExhaustedError, MisuseError, UnsupportedError
 from dmakit.iommu.dirty import LeafBitScan
 from dmakit.iommu.protocol import Capabilities
+from dmakit.iommu.space import checked_reserved
 from dmakit.iova.arguments import within, words
 from dmakit.ledger import ROWS
 
@@ -122,12 +123,13 @@ class PageTableDomain(Domain):
         levels: int = 4,
         reserved: Sequence[tuple[int, int]] = (),
     ) -> None:
+        reserved = checked_reserved(reserved)
         self.unit = unit
         self.tables = tables
         table = PageTable(fmt, tables, levels=levels, coherent_walker=unit.coherent_walker)
         try:
             self.did = unit.attach(fmt, int(table.root), levels)
-        except DmakitError:
+        except BaseException:
             table.destroy()
             raise
         can = Capabilities(

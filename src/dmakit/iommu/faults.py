@@ -38,6 +38,9 @@ class FaultRecord(NamedTuple):
         return f"{describe(self.source, self.iova, self.write, self.reason)} (domain {self.did})"
 
 
+MOST_RECORDS = 1 << 20
+
+
 def device_name(source: int) -> str:
     """A requester id (bus << 8 | devfn) as bus:device.function."""
     return f"{source >> 8:02x}:{(source >> 3) & 31:02x}.{source & 7}"
@@ -45,8 +48,8 @@ def device_name(source: int) -> str:
 
 def describe(source: int, iova: int, write: bool, reason: int, name: str = "") -> str:
     """The sentence for a blocked access; ``name`` stands for the requester id where the caller knows it."""
-    action = "write" if write else "read"
-    return f"device {name or device_name(source)} may not {action} {iova:#x}: {REASONS[reason]} (reason {reason:#x})"
+    action, why = "write" if write else "read", REASONS.get(reason, "not a reason of this unit")
+    return f"device {name or device_name(source)} may not {action} {iova:#x}: {why} (reason {reason:#x})"
 
 
 def fault_error(source: int, iova: int, write: bool, reason: int, name: str = "") -> FaultError:
@@ -60,8 +63,8 @@ class FaultLog:
     """Up to ``capacity`` records; ``lost`` counts the faults that found no room."""
 
     def __init__(self, capacity: int = 64) -> None:
-        if capacity <= 0:
-            raise MisuseError(f"fault_entries={capacity}: must be 1 or more")
+        if not 0 < capacity <= MOST_RECORDS:
+            raise MisuseError(f"fault_entries={capacity}: must be 1 to {MOST_RECORDS}")
         self.capacity = capacity
         self.count = 0
         self.lost = 0

@@ -163,6 +163,8 @@ def decode(low: int, high: int) -> Descriptor:
 
 def encode(request: Descriptor) -> tuple[int, int]:
     """The two words of an IOTLB, PASID IOTLB or device-TLB request, exactly as the unit submits them."""
+    if not isinstance(request, Descriptor):
+        raise TypeError(f"request={request!r}: must be a Descriptor")
     if request.kind == "devtlb":
         return int(_devtlb_low(request.source, request.queue_depth)), int(_devtlb_high(request.iova, request.mask))
     if request.kind not in ("iotlb", "p_iotlb"):

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import cython
 
+from dmakit.iova.arguments import words as as_words
+
 if cython.compiled:
     from cython.cimports.dmakit.consts import (
         CTX_ACCESSED,
@@ -91,7 +93,7 @@ class BatchLane:
         self, iotlb: Iotlb, psc: SetCache, memory: PhysicalMemory, contexts: memoryview[int], ledger: Ledger
     ) -> None:
         self.iotlb, self.psc, self.ledger = iotlb, psc, ledger
-        self.words, self.contexts = memory.words, contexts
+        self.words, self.contexts = memory.words, as_words("contexts", contexts, writable=True)
         self.tags, self.values, self.live = iotlb.tags, iotlb.values, iotlb.live
         self.newer, self.oldest = iotlb.newer, iotlb.oldest
         self.psc_tags, self.psc_values, self.psc_live = psc.tags, psc.values, psc.live

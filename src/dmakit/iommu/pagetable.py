@@ -24,12 +24,12 @@ With a walker that is not coherent every written entry is flushed from the CPU c
 
 from __future__ import annotations
 
-from operator import index
 from typing import NamedTuple, SupportsIndex
 
 import cython
 
 from dmakit.errors import ExhaustedError
+from dmakit.iova.arguments import within
 
 if cython.compiled:
     from cython.cimports.dmakit.consts import (
@@ -126,15 +126,17 @@ class PageTable:
         self, iova: SupportsIndex, phys: SupportsIndex, size: SupportsIndex, prot: SupportsIndex, gather: Gather
     ) -> int:
         """``_map`` for callers that are not compiled: 0 or -errno; sizes and addresses in bytes."""
-        return int(self._map(index(iova), index(phys), index(size), index(prot), gather))
+        place, size = within("iova", iova, 0, ALL_ONES), within("size", size, 0, ALL_ONES)
+        phys, prot = within("phys", phys, 0, ALL_ONES), within("prot", prot, 0, 63)
+        return int(self._map(place, phys, size, prot, gather))
 
     def unmap(self, iova: SupportsIndex, size: SupportsIndex, gather: Gather) -> int:
         """``_unmap`` for callers that are not compiled: the bytes removed."""
-        return int(self._unmap(index(iova), index(size), gather))
+        return int(self._unmap(within("iova", iova, 0, ALL_ONES), within("size", size, 0, ALL_ONES), gather))
 
     def iova_to_phys(self, iova: SupportsIndex) -> int:
         """The physical address that ``iova`` translates to, or 0."""
-        return int(self._iova_to_phys(index(iova)))
+        return int(self._iova_to_phys(within("iova", iova, 0, ALL_ONES)))
 
     def leaves(self, iova: int = 0, size: int | None = None) -> list[Leaf]:
         """The leaves that hold a byte of [iova, iova + size), ascending (the whole aperture when ``size`` is None)."""

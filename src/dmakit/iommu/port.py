@@ -19,9 +19,11 @@ maintenance shows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import cython
 
-from dmakit.errors import FaultError, MisuseError
+from dmakit.errors import ExhaustedError, FaultError, MisuseError
 from dmakit.iommu.faults import device_name, fault_error
 from dmakit.memory.cache import CpuCache
 
@@ -39,6 +41,19 @@ else:
     from dmakit.memory.physical import PhysicalMemory
 
 ALL_ONES = (1 << 64) - 1
+MOST_BYTES = 1 << 47
+
+
+def _room(size: int) -> Any:
+    """``size`` bytes to read into; ExhaustedError when the host has no room for them."""
+    try:
+        if size > MOST_BYTES:
+            raise MemoryError
+        if cython.compiled:
+            return PyBytes_FromStringAndSize(cython.NULL, size)
+        return bytearray(size)
+    except MemoryError:
+        raise ExhaustedError(f"read: no memory for {size} bytes") from None
 
 
 @cython.cclass
@@ -80,7 +95,7 @@ class Port:
         phys: cython.ulonglong
         length: cython.ulonglong
         if cython.compiled:
-            found = PyBytes_FromStringAndSize(cython.NULL, total)
+            found = _room(total)
             place: cython.p_char = PyBytes_AS_STRING(found)
             while done < total:
                 length = min(total - done, PAGE_SIZE - ((start + done) & PAGE_MASK_LOW))
@@ -88,7 +103,7 @@ class Port:
                 memcpy(place + done, cython.address(self.memory.data[phys]), length)
                 done += length
             return found
-        data = bytearray(size)
+        data = _room(total)
         while done < total:
             length = min(total - done, PAGE_SIZE - ((start + done) & PAGE_MASK_LOW))
             phys = self._reach(start + done, length, False)

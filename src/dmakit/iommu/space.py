@@ -26,7 +26,7 @@ import cython
 
 from dmakit.errors import DmakitError, MisuseError, UnsupportedError
 from dmakit.iommu.protocol import Capabilities
-from dmakit.iova.arguments import within
+from dmakit.iova.arguments import pairs, within
 
 if cython.compiled:
     from cython.cimports.cpython.long import PyLong_AsLongLongAndOverflow
@@ -60,6 +60,14 @@ def _word(name: str, value: object, low: cython.ulonglong, high: cython.ulonglon
     return within(name, value, low, high)  # type: ignore[arg-type]
 
 
+def checked_reserved(reserved: object) -> tuple[tuple[int, int], ...]:
+    """``reserved`` as (start, size) pairs of 64-bit numbers; MisuseError for anything else."""
+    return tuple(
+        (within("reserved", start, 0, _TOP), within("reserved", size, 0, _TOP))
+        for start, size in pairs("reserved", reserved)
+    )
+
+
 @cython.cclass
 class Domain(FlushTarget):
     """An I/O address space. Addresses and sizes in bytes.
@@ -85,7 +93,7 @@ class Domain(FlushTarget):
         self.aperture_end = aperture_end
         self.granule = granule
         self.page_sizes = page_sizes
-        self.reserved = tuple(reserved)
+        self.reserved = checked_reserved(reserved)
         self.table: PageTable | None = None
         self.dirty_tracking = False
         self.events: list[tuple[object, ...]] | None = None

@@ -9,7 +9,12 @@ Models ``drivers/iommu/iommu-pages.c``.
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import cython
+
+from dmakit.errors import MisuseError
+from dmakit.iova.arguments import within
 
 if cython.compiled:
     from cython.cimports.dmakit.consts import L_TABLES_ALLOCATED, L_TABLES_FREED, PAGE_SHIFT, PAGE_SIZE
@@ -36,9 +41,17 @@ class TablePages:
         self.ledger = ledger
         self.in_use = 0
 
-    def free_list(self, head: int) -> int:
-        """Free a chain of table pages after its flush; returns how many there were."""
-        return int(self._free_list(head))
+    def free_list(self, head: SupportsIndex) -> int:
+        """Free a chain of table pages after its flush; returns how many there were. MisuseError, and nothing is freed,
+        when something in the chain is no allocated page."""
+        first = at = within("head", head, 0, (1 << 64) - 1)
+        seen: set[int] = set()
+        while at:
+            if at in seen or not self.pages.holds(at):
+                raise MisuseError(f"head={first:#x}: the chain from there is not one of allocated pages")
+            seen.add(at)
+            at = self.memory.page_link[at >> PAGE_SHIFT]
+        return int(self._free_list(first))
 
     def _new(self) -> cython.ulonglong:
         """Physical address of a zeroed table, or 0."""

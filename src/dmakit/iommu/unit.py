@@ -21,9 +21,12 @@ submitted, ("qi", low, high); waits are counted and not shown, as in the kernel'
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import cython
 
 from dmakit.errors import ExhaustedError, MisuseError
+from dmakit.iova.arguments import within
 
 if cython.compiled:
     from cython.cimports.dmakit.consts import (
@@ -163,7 +166,7 @@ class IommuUnit(Translator):
 
     def detach(self, did: int, *, cpu: int = 0) -> None:
         """Take the domain id back: its context goes first, then everything that was cached for it."""
-        self._check_did(did)
+        did, cpu = self._check_did(did), self._check_cpu(cpu)
         for devtlb in [devtlb for devtlb in self.devtlbs if devtlb.did == did]:
             self.detach_devtlb(devtlb, cpu=cpu)
         self.walker.clear_context(did)
@@ -171,7 +174,7 @@ class IommuUnit(Translator):
 
     def set_dirty_tracking(self, did: int, on: bool, *, cpu: int = 0) -> None:
         """Switch SSADS of a second-stage domain; cached translations go, they would hide the first writes."""
-        self._check_did(did)
+        did, cpu = self._check_did(did), self._check_cpu(cpu)
         if self.walker.contexts[did * CTX_WORDS + CTX_FLAGS] & CTX_FIRST_STAGE:
             raise MisuseError(f"domain {did}: a first-stage table has no dirty tracking to switch")
         self.walker._set_dirty(did, on)
@@ -188,6 +191,7 @@ class IommuUnit(Translator):
 
     def detach_devtlb(self, devtlb: DeviceTlb, *, cpu: int = 0) -> None:
         """Disable ATS for a device: its TLB is invalidated whole, then forgotten."""
+        cpu = self._check_cpu(cpu)
         if devtlb not in self.devtlbs:
             raise MisuseError(f"source={devtlb.source:#x}: this requester's TLB is not attached")
         self._push_devtlb(devtlb, 0, WHOLE_MASK, cpu)
@@ -197,9 +201,9 @@ class IommuUnit(Translator):
 
     def set_root(self, did: int, root: int, levels: int, *, cpu: int = 0) -> None:
         """Point a domain at another table page (a table that grew a level) and invalidate the domain."""
-        self._check_did(did)
+        did, cpu = self._check_did(did), self._check_cpu(cpu)
         self.walker.check_root(root)
-        self._set_root(did, root, levels)
+        self._set_root(did, root, within("levels", levels, 1, 5))
         self._flush_all(did, CAUSE_OTHER, cpu)
 
     def _set_root(self, did: cython.int, root: cython.ulonglong, levels: cython.int) -> cython.void:
@@ -211,9 +215,11 @@ class IommuUnit(Translator):
         self.walker.contexts[base + CTX_WIDTH] = width
         self.walker.contexts[base + CTX_LEVELS] = levels
 
-    def _check_did(self, did: int) -> None:
-        if not 0 <= did < self.walker.domains or self.walker.contexts[did * CTX_WORDS + CTX_LEVELS] == 0:
-            raise MisuseError(f"did={did}: no domain with this id is attached")
+    def _check_did(self, did: SupportsIndex) -> int:
+        number = within("did", did, 0, 65535)
+        if number >= self.walker.domains or self.walker.contexts[number * CTX_WORDS + CTX_LEVELS] == 0:
+            raise MisuseError(f"did={number}: no domain with this id is attached")
+        return number
 
     # Flushes: what a domain asks for -------------------------------------------------------------------------
 
@@ -321,11 +327,11 @@ class IommuUnit(Translator):
         self._check_cause(cause, cpu)
         self._inv_global(cause, cpu)
 
-    def _check_cause(self, cause: int, cpu: int) -> None:
-        if not 0 <= cause < N_CAUSES:
-            raise MisuseError(f"cause={cause}: must be one of the CAUSE_* constants, 0 to {N_CAUSES - 1}")
-        if not 0 <= cpu < self.ledger.cpus:
-            raise MisuseError(f"cpu={cpu}: this machine has {self.ledger.cpus}")
+    def _check_cause(self, cause: SupportsIndex, cpu: SupportsIndex) -> tuple[int, int]:
+        return within("cause", cause, 0, N_CAUSES - 1), self._check_cpu(cpu)
+
+    def _check_cpu(self, cpu: SupportsIndex) -> int:
+        return within("cpu", cpu, 0, self.ledger.cpus - 1)
 
     # Descriptors -----------------------------------------------------------------------------------------------
 

@@ -19,10 +19,12 @@ entry was not present. Source: VT-d specification 3.6, 3.7, 9.
 from __future__ import annotations
 
 from array import array
+from typing import SupportsIndex
 
 import cython
 
 from dmakit.errors import MisuseError
+from dmakit.iova.arguments import within
 
 if cython.compiled:
     from cython.cimports.dmakit.consts import (
@@ -107,11 +109,12 @@ class Walker:
         self.memory = memory
         self.psc = psc
         self.ledger = ledger
-        self.domains = domains
+        self.domains = domains = within("domains", domains, 1, 65536)
         self.contexts = memoryview(array("Q", bytes(8 * CTX_WORDS * domains)))
 
-    def set_context(self, did: int, fmt: PtFormat, root: int, levels: int, caching_mode: bool) -> None:
+    def set_context(self, did: SupportsIndex, fmt: PtFormat, root: int, levels: int, caching_mode: bool) -> None:
         """Write the context of ``did``: a table of ``levels`` levels in format ``fmt`` at ``root``."""
+        did = within("did", did, 0, self.domains - 1)
         width = int(fmt.aperture_last(levels)).bit_length()
         self.check_root(root)
         context = self.contexts[did * CTX_WORDS : (did + 1) * CTX_WORDS]
@@ -134,8 +137,9 @@ class Walker:
         if root % PAGE_SIZE or not 0 < root < self.memory.span:
             raise MisuseError(f"root={root:#x}: must be a page inside {self.memory.span:#x} bytes of memory")
 
-    def clear_context(self, did: int) -> None:
+    def clear_context(self, did: SupportsIndex) -> None:
         """Make the context of ``did`` not present."""
+        did = within("did", did, 0, self.domains - 1)
         for word in range(did * CTX_WORDS, (did + 1) * CTX_WORDS):
             self.contexts[word] = 0
 

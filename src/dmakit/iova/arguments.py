@@ -7,7 +7,7 @@ Public methods of compiled classes annotate numbers as ``SupportsIndex`` and tex
 from __future__ import annotations
 
 from operator import index
-from typing import SupportsIndex, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 from dmakit.errors import MisuseError
 
@@ -32,8 +32,16 @@ def words(name: str, items: object, *, writable: bool = False) -> memoryview[int
         if view.ndim != 1 or view.itemsize != 8 or view.format not in ("Q", "L"):
             raise TypeError
         flat = view.cast("B").cast("Q") if len(view) else memoryview(bytearray()).cast("Q")
-    except TypeError:
+    except (TypeError, ValueError, BufferError):
         raise MisuseError(f"{name}: must be a contiguous buffer of unsigned 64-bit words") from None
     if writable and view.readonly:
         raise MisuseError(f"{name}: must be writable")
     return flat
+
+
+def pairs(name: str, items: object) -> list[tuple[Any, Any]]:
+    """``items`` as a list of pairs; MisuseError when it is no iterable of them. The numbers are not looked at."""
+    try:
+        return [(first, second) for first, second in items]  # type: ignore[attr-defined]
+    except (TypeError, ValueError, LookupError, NotImplementedError):
+        raise MisuseError(f"{name}: must be a sequence of pairs of numbers") from None

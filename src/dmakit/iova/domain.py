@@ -170,8 +170,8 @@ class IovaDomain(IovaAllocator):
             ledger=self.ledger,
             fail=self.fail,
         )
-        twin.search.become(self.search)
-        twin.rcaches.become(self.rcaches)
+        twin.search._become(self.search)
+        twin.rcaches._become(self.rcaches)
         twin._online[:] = self._online
         twin.online_cpus = self.online_cpus
         return twin
@@ -187,11 +187,11 @@ class IovaDomain(IovaAllocator):
         ranges stood in the way and were dropped first.
         """
         pfn, size = within("pfn", pfn, 1, self.highest_pfn), within("size", size, 1, self.highest_pfn)
-        if self.rcaches.discard(pfn) and self.search.tree.find(pfn) is not None:
+        if self.rcaches._discard(pfn) and self.search.tree.find(pfn) is not None:
             return "cached"
-        dropped = self.search.adopt(pfn, pfn + size - 1)
+        dropped = self.search._adopt(pfn, pfn + size - 1)
         for lost in dropped:
-            self.rcaches.discard(lost)
+            self.rcaches._discard(lost)
         return "overlap" if dropped else "free"
 
     # What tests and reports look at ------------------------------------------------------------------------------

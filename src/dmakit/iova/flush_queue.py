@@ -111,6 +111,9 @@ class CallbackTarget(FlushTarget):
 class FlushQueue:
     """The queue of one domain; ExhaustedError when there is no memory for its rings (the domain stays strict then).
 
+    One thread at a time uses a queue, together with its domain: nothing here locks (the ledger counts the locks that
+    Linux takes). A target's callbacks must not call the queue.
+
     ``clock`` may be None: then the timer only runs when ``timeout`` is called.
     """
 

@@ -11,8 +11,11 @@ Models ``struct iova_magazine`` and ``iova_magazine_*`` in ``drivers/iommu/iova.
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import cython
 
+from dmakit.iova.arguments import within
 from dmakit.iova.arrays import widened, zeroed
 
 if cython.compiled:
@@ -24,14 +27,16 @@ else:
     from dmakit.failpoint import FailPoint
     from dmakit.iova.bits import mix
 
+_MOST = 1 << 20  # magazines at first: 12 for each of 65536 CPUs fit
+
 
 @cython.cclass
 class MagazinePool:
     """The magazines of one domain. ``fail`` is asked before each allocation."""
 
-    def __init__(self, fail: FailPoint, capacity: int = 16) -> None:
+    def __init__(self, fail: FailPoint, capacity: SupportsIndex = 16) -> None:
         self.fail = fail
-        self.capacity = max(capacity, 2)
+        self.capacity = max(within("capacity", capacity, 0, _MOST), 2)
         self.pfns = zeroed("Q", self.capacity * IOVA_MAG_STRIDE)
         self.size = zeroed("i", self.capacity)
         self.link = zeroed("i", self.capacity)
@@ -39,12 +44,13 @@ class MagazinePool:
         self.unused = 0
         self._chain_unused(1)
 
-    def content(self, magazine: int) -> list[int]:
+    def content(self, magazine: SupportsIndex) -> list[int]:
         """The pfns of a magazine, the top of the stack last."""
+        magazine = within("magazine", magazine, 0, self.capacity - 1)
         start = magazine * IOVA_MAG_STRIDE
         return [self.pfns[start + i] for i in range(self.size[magazine])]
 
-    def become(self, other: MagazinePool) -> None:
+    def _become(self, other: MagazinePool) -> None:
         """Hold what ``other`` holds, magazine for magazine; nothing is shared."""
         items = self.capacity = other.capacity
         self.pfns = widened("Q", other.pfns, items * IOVA_MAG_STRIDE)
@@ -64,7 +70,7 @@ class MagazinePool:
         else:  # noqa: RET505 (one call instead of one a word)
             return hash(bytes(self.pfns[start:end])) & 0xFFFF_FFFF_FFFF_FFFF
 
-    def discard(self, magazine: int, pfn: int) -> bool:
+    def _discard(self, magazine: int, pfn: int) -> bool:
         """Take ``pfn`` out of a magazine, wherever it is, keeping the order of the others; false when not there."""
         content = self.content(magazine)
         if pfn not in content:

@@ -19,9 +19,12 @@ Models ``struct iova_rcache``, ``__iova_rcache_get``, ``__iova_rcache_insert``, 
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import cython
 
 from dmakit.errors import ExhaustedError
+from dmakit.iova.arguments import within
 from dmakit.iova.arrays import zeroed
 
 if cython.compiled:
@@ -56,9 +59,9 @@ else:
 class IovaRcaches:
     """The magazines of ``cpus`` CPUs and the depots of one domain; ExhaustedError without memory for them."""
 
-    def __init__(self, cpus: int, ledger: Ledger, fail: FailPoint) -> None:
+    def __init__(self, cpus: SupportsIndex, ledger: Ledger, fail: FailPoint) -> None:
+        self.cpus = cpus = within("cpus", cpus, 1, 65536)
         slots = cpus * IOVA_RANGE_CACHE_MAX_SIZE
-        self.cpus = cpus
         self.ledger = ledger
         self.pool = MagazinePool(fail, 2 * slots + 1)
         self.loaded = zeroed("i", slots)
@@ -71,17 +74,17 @@ class IovaRcaches:
             if not self.loaded[slot] or not self.prev[slot]:
                 raise ExhaustedError(f"no memory for the {2 * slots} magazines of an IOVA domain with {cpus} CPUs")
 
-    def become(self, other: IovaRcaches) -> None:
+    def _become(self, other: IovaRcaches) -> None:
         """Hold what ``other``, of as many CPUs, holds; nothing is shared."""
-        self.pool.become(other.pool)
+        self.pool._become(other.pool)
         self.loaded[:] = other.loaded
         self.prev[:] = other.prev
         self.depot[:] = other.depot
         self.depot_size[:] = other.depot_size
 
-    def chained(self, order: int) -> list[int]:
+    def chained(self, order: SupportsIndex) -> list[int]:
         """The magazines of a depot, the top first."""
-        found, magazine = [], self.depot[order]
+        found, magazine = [], self.depot[within("order", order, 0, IOVA_RANGE_CACHE_MAX_SIZE - 1)]
         while magazine:
             found.append(magazine)
             magazine = self.pool.link[magazine]
@@ -103,12 +106,12 @@ class IovaRcaches:
                 magazine = self.pool.link[magazine]
         return value
 
-    def discard(self, pfn: int) -> bool:
+    def _discard(self, pfn: int) -> bool:
         """Take ``pfn`` out of whatever magazine holds it; false when none does."""
         held = list(self.loaded) + list(self.prev)
         for order in range(IOVA_RANGE_CACHE_MAX_SIZE):
             held += self.chained(order)
-        return any(self.pool.discard(magazine, pfn) for magazine in held)
+        return any(self.pool._discard(magazine, pfn) for magazine in held)
 
     def contents(self) -> list[tuple[int, int]]:
         """Every cached range as (pfn, order), magazines first by CPU, then depots."""

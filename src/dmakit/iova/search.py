@@ -47,9 +47,9 @@ class IovaSearch:
         self.max32_alloc_size = dma_32bit_pfn
         self.above = IOVA_ANCHOR
 
-    def become(self, other: IovaSearch) -> None:
+    def _become(self, other: IovaSearch) -> None:
         """Hold what ``other`` holds (of the same policy); nothing is shared."""
-        self.tree.become(other.tree)
+        self.tree._become(other.tree)
         self.max32_alloc_size = other.max32_alloc_size
         self.above = other.above
 
@@ -57,7 +57,7 @@ class IovaSearch:
         """64 bits of everything that later searches depend on."""
         return mix(self.tree.fingerprint(), self.max32_alloc_size)
 
-    def adopt(self, lo: int, hi: int) -> list[int]:
+    def _adopt(self, lo: int, hi: int) -> list[int]:
         """Insert [lo, hi] as if it had been allocated; ranges in the way are removed and their first pfns returned."""
         dropped = []
         node: cython.int = self.tree._first_ending_at(lo)
@@ -101,7 +101,7 @@ class IovaSearch:
         """Where a search starts: first pfns of the cached and the cached 32-bit node (0: none), max32_alloc_size."""
         return 0, 0, int(self.max32_alloc_size)
 
-    def set_hints(self, hints: tuple[int, int, int]) -> None:
+    def _set_hints(self, hints: tuple[int, int, int]) -> None:
         """Put the ``hints`` of an earlier moment back, for a replay that takes back what came after it."""
         self.max32_alloc_size = hints[2]
 
@@ -141,7 +141,7 @@ class LinuxSearch(IovaSearch):
         lo = self.tree.lo
         return int(lo[self.cached_node]), int(lo[self.cached32_node]), int(self.max32_alloc_size)
 
-    def set_hints(self, hints: tuple[int, int, int]) -> None:
+    def _set_hints(self, hints: tuple[int, int, int]) -> None:
         """See ``IovaSearch.set_hints``; a node that is gone leaves the search to start from the top."""
         node: cython.int = self.tree._find(hints[0])
         self.cached_node = node if node > IOVA_ANCHOR else IOVA_ANCHOR
@@ -149,9 +149,9 @@ class LinuxSearch(IovaSearch):
         self.cached32_node = node if node > IOVA_ANCHOR else IOVA_ANCHOR
         self.max32_alloc_size = hints[2]
 
-    def become(self, other: IovaSearch) -> None:
+    def _become(self, other: IovaSearch) -> None:
         """Hold what ``other``, also a LinuxSearch, holds."""
-        IovaSearch.become(self, other)
+        IovaSearch._become(self, other)
         linux: LinuxSearch = other  # type: ignore[assignment]
         self.cached_node = linux.cached_node
         self.cached32_node = linux.cached32_node

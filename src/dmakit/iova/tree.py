@@ -30,6 +30,7 @@ from __future__ import annotations
 import cython
 
 from dmakit.errors import MisuseError
+from dmakit.iova.arguments import within
 from dmakit.iova.arrays import widened, zeroed
 
 if cython.compiled:
@@ -41,6 +42,7 @@ else:
 
 _ALL_ONES = (1 << 64) - 1
 _LARGE = 1 << 20
+_MOST = 1 << 22  # nodes that there is room for at first
 
 
 @cython.cclass
@@ -54,7 +56,7 @@ class IovaTree:
         self.start = start
         self.lo = self.hi = self.fit = self.best = zeroed("Q", 1)
         self.left = self.right = self.parent = self.height = self.prev = self.next = zeroed("i", 1)
-        self._hold(max(capacity, 4), self)
+        self._hold(max(within("capacity", capacity, 0, _MOST), 4), self)
         self.unused = IOVA_NIL
         self.fresh = IOVA_ANCHOR + 1
         self.lo[IOVA_ANCHOR] = self.hi[IOVA_ANCHOR] = _ALL_ONES
@@ -77,7 +79,7 @@ class IovaTree:
         node = self._find(pfn) if 0 <= pfn < _ALL_ONES else IOVA_NIL
         return (self.lo[node], self.hi[node]) if node != IOVA_NIL else None
 
-    def become(self, other: IovaTree) -> None:
+    def _become(self, other: IovaTree) -> None:
         """Hold what ``other`` holds, node for node; nothing is shared."""
         self._hold(other.capacity, other)
         self.fresh = other.fresh

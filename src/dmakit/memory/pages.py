@@ -116,7 +116,7 @@ class PageAllocator:
     def alloc_after(self, phys: SupportsIndex, order: SupportsIndex = 0) -> int:
         """As ``alloc``, preferring (at fragmentation 0) the block that begins at ``phys``: to grow one buffer."""
         order = _checked_order(order)
-        found = self._alloc_after(max(index(phys), 0), order)
+        found = self._alloc_after(min(max(index(phys), 0), _WORD), order)
         if found == 0:
             raise ExhaustedError(f"no free block of order {order} ({PAGE_SIZE << order} bytes) on node {self.node}")
         return int(found)
@@ -132,9 +132,14 @@ class PageAllocator:
     def free(self, phys: SupportsIndex, order: SupportsIndex = 0) -> None:
         """Give back a block exactly as it was allocated; MisuseError for anything else (double free, other order)."""
         phys, order = index(phys), index(order)
-        if not self._owns(phys, order) or self.state[(phys - self.start) >> PAGE_SHIFT] != _ALLOCATED | order:
+        if not self.holds(phys, order):
             raise MisuseError(f"phys={phys:#x}, order={order}: no such block is allocated on node {self.node}")
         self._free(phys, order)
+
+    def holds(self, phys: SupportsIndex, order: SupportsIndex = 0) -> bool:
+        """Whether exactly this block is allocated here."""
+        phys, order = index(phys), index(order)
+        return self._owns(phys, order) and self.state[(phys - self.start) >> PAGE_SHIFT] == _ALLOCATED | order
 
     def _owns(self, phys: int, order: int) -> bool:
         if not 0 <= order <= PAGE_MAX_ORDER or phys % (PAGE_SIZE << order):

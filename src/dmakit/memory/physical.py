@@ -34,6 +34,7 @@ else:
     from dmakit.consts import PAGE_SHIFT, PAGE_SIZE
 
 _MAP_NORESERVE = 0x4000
+_FILL_BYTES = 1 << 20  # written at a time
 
 
 class Region(NamedTuple):
@@ -120,7 +121,10 @@ class PhysicalMemory:
 
     def fill(self, phys: int, size: int, byte: int) -> None:
         """Set ``size`` bytes from ``phys`` to ``byte``."""
-        self.write(phys, bytes((byte,)) * size)
+        self.region_at(phys, size)
+        piece = bytes((byte,)) * min(size, _FILL_BYTES)
+        for at in range(phys, phys + size, _FILL_BYTES):
+            self.view[at : min(at + _FILL_BYTES, phys + size)] = piece[: phys + size - at]
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Copy ``size`` bytes between physical ranges (like memmove)."""

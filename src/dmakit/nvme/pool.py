@@ -18,6 +18,7 @@ from typing import Protocol
 import cython
 
 from dmakit.errors import ExhaustedError, MisuseError
+from dmakit.iova.arguments import words as as_words
 
 if cython.compiled:
     from cython.cimports.dmakit.consts import L_DESCRIPTOR_PAGES, PAGE_SIZE
@@ -73,7 +74,7 @@ class Block:
 
     def __init__(self, addr: int, words: memoryview[int], size: int) -> None:
         self.addr = addr
-        self.words = words
+        self.words = as_words("words", words, writable=True)
         self.size = size
         self.free = True
 

@@ -165,7 +165,9 @@ class PrpWriter:
             raise MisuseError(
                 f"PRP: range (addr={addr:#x}, length={length}): addr must lie in [0, 2^63), length above 0"
             )
+        left = self.left
         if self._feed(addr, length):
+            self.left = left
             raise MisuseError(
                 f"PRP: range (addr={addr:#x}, length={length}) does not continue the request: ranges must meet on "
                 f"{4096}-byte pages and stay within the total",
@@ -178,7 +180,7 @@ class PrpWriter:
         try:
             for addr, length in ranges:
                 self.feed(addr, length)
-        except DmakitError:
+        except BaseException:
             self.drop(self.blocks)
             raise
         return self.prp1, self.prp2, self.blocks

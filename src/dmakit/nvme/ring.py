@@ -68,6 +68,8 @@ class Ring:
     ) -> None:
         if not 2 <= entries <= MAX_ENTRIES:
             raise MisuseError(f"entries={entries}: must lie in [2, {MAX_ENTRIES}]")
+        if not 0 <= qid < 1 << 16 or sq_doorbell < 0 or cq_doorbell < 0 or (sq_doorbell | cq_doorbell) & 3:
+            raise MisuseError(f"qid={qid}, doorbells at {sq_doorbell:#x}, {cq_doorbell:#x}: 16 bits, and 32-bit words")
         if bar is not None and (bar.format != "I" or cq_doorbell >= 4 * len(bar) or sq_doorbell >= 4 * len(bar)):
             raise MisuseError(f"bar: must be 32-bit words that reach the doorbell at {cq_doorbell:#x}")
         self.qid = qid
@@ -405,7 +407,11 @@ def _checked(
     name: str, memory: tuple[memoryview[int], memoryview[int]], entries: int, per_page: int
 ) -> tuple[memoryview[int], memoryview[int]]:
     """The two arrays of a ring: 64-bit words, and a page index for every page it takes."""
-    words, pages = words_of(name, memory[0]), words_of(f"{name} pages", memory[1], -(-entries // per_page))
+    try:
+        first, second = memory
+    except (TypeError, ValueError, NotImplementedError):
+        raise MisuseError(f"{name}: must be a pair of words and page indices") from None
+    words, pages = words_of(name, first), words_of(f"{name} pages", second, -(-entries // per_page))
     page_words = per_page * (8 if per_page == 64 else 2)
     last = (entries - 1) % per_page + 1
     for at in range(-(-entries // per_page)):

@@ -119,7 +119,7 @@ class SglWriter:
         try:
             for addr, length in ranges:
                 self.feed(addr, length)
-        except DmakitError:
+        except BaseException:
             self.drop(self.blocks)
             raise
         self._finish()

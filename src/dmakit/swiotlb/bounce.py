@@ -126,9 +126,11 @@ class Swiotlb:
 
     def add_pool(self, pool: SwiotlbPool) -> None:
         """Let later mappings use ``pool`` too; it is asked first."""
+        if not isinstance(pool, SwiotlbPool):
+            raise TypeError(f"pool={pool!r}: must be a SwiotlbPool")
+        self._widen(pool)
         self.pools.insert(0, pool)
         self.alone = len(self.pools) == 1 and not self.transients
-        self._widen(pool)
 
     def _widen(self, pool: SwiotlbPool) -> cython.void:
         """Keep [low, high) around every pool, so that most addresses are ruled out by two compares."""

@@ -27,6 +27,8 @@ from typing import Any
 
 import cython
 
+from dmakit.errors import MisuseError
+
 if cython.compiled:
     from cython.cimports.dmakit.consts import (
         IOVA_MAG_SIZE,
@@ -91,6 +93,8 @@ class OrderSearch:
 
     def end(self, key: cython.longlong) -> None:
         """The return of the operation ``key``: it has taken effect by now."""
+        if key not in self.pending:
+            raise MisuseError(f"key={key}: no operation with this key has begun")
         op: Operation = self.pending[key]
         branch: Branch
         self.counts.operations += 1
@@ -355,7 +359,7 @@ def _adopt(domain: IovaDomain, op: Operation, pfn: int) -> None:
         above = loaded[loaded.index(pfn) + 1 :] if pfn in loaded else []
         for range_above in above:
             if range_above + (1 << order) - 1 <= op.limit:
-                domain.rcaches.discard(range_above)
+                domain.rcaches._discard(range_above)
     domain.adopt(pfn, _span(op.size))
 
 

@@ -44,7 +44,7 @@ def adopt_frees(iovad: Any, cpu: int, ours: list[Event], kernel: list[Event], hi
         return
     for pfn, pages in reversed(frees(ours)):
         take_back(iovad, cpu, pfn, pages)
-    iovad.search.set_hints(hints)
+    iovad.search._set_hints(hints)
     for pfn, pages in frees(kernel):
         if not is_allocated(iovad, pfn):  # from before the recording
             iovad.reserve(pfn, pfn + pages - 1)
