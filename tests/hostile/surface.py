@@ -49,6 +49,11 @@ class Entry:
         return ".".join(part for part in (self.module.removeprefix("dmakit."), self.owner, self.name) if part)
 
 
+# Stages of one replay, each made and fed by the one before it; what a caller can give them is a trace (tests/trace fuzz it).
+STAGES = {f"dmakit.trace.{name}" for name in ("midlife", "tally", "timeline", "operations", "search")}
+MODULES = [module for module in _core.COMPILED_MODULES if module not in STAGES]
+
+
 def entries(module: str) -> list[Entry]:
     """Every public entry point of a compiled module, in the order of its source."""
     tree = ast.parse(_core.source_of(module).read_text())

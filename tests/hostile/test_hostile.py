@@ -20,7 +20,7 @@ import pytest
 from dmakit import _core
 from tests.hostile import drive
 from tests.hostile.recipes import usual
-from tests.hostile.surface import Entry, entries, unlisted
+from tests.hostile.surface import MODULES, Entry, entries, unlisted
 from tests.hostile.world import World
 
 MISSING = bool(_core.status()["missing"]) and not os.environ.get("CI")  # in CI a missing core is a failure
@@ -31,13 +31,11 @@ SHARE = 40
 
 def room(name: str) -> list[str]:
     """The compiled modules of a room; "" is what is left over."""
-    named = {
-        module: next((known for known in ROOMS if f".{known}." in module), "") for module in _core.COMPILED_MODULES
-    }
+    named = {module: next((known for known in ROOMS if f".{known}." in module), "") for module in MODULES}
     return [module for module, found in named.items() if found == name]
 
 
-@pytest.mark.parametrize("module", _core.COMPILED_MODULES)
+@pytest.mark.parametrize("module", MODULES)
 def test_every_entry_point_has_a_recipe(module: str) -> None:
     assert unlisted(module) == set()
     world = World()
@@ -109,7 +107,7 @@ def test_hostile_arguments_of_another_seed() -> None:
 def classes() -> list[tuple[str, str]]:
     """Every public compiled class: (module, name)."""
     found: dict[tuple[str, str], Entry] = {}
-    for module in _core.COMPILED_MODULES:
+    for module in MODULES:
         found |= {(module, entry.owner): entry for entry in entries(module) if entry.owner}
     return sorted(found)
 

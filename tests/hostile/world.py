@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from dmakit.block.dma_iter import BlkDmaIter
@@ -40,12 +39,9 @@ from dmakit.p2p.topology import HostBridge, PciTopology, Platform
 from dmakit.platform import soft
 from dmakit.platform.linux.domain import HostDomain
 from dmakit.platform.linux.shadow import ShadowMap
-from dmakit.trace.columns import load
-from dmakit.trace.operations import Operation, OperationReader
 from dmakit.trace.pattern import Pattern
 from dmakit.trace.rows import Rows
 from dmakit.trace.scanner import Scanner
-from dmakit.trace.search import Branch, OrderSearch
 
 PAGE = 4096
 BAR_WINDOW = 64 << 20  # the machine's address space stays small, so that a cap on the child's memory means something
@@ -192,12 +188,6 @@ def _devtlb(world: World) -> DeviceTlb:
     return tlb
 
 
-def _order_search(world: World) -> OrderSearch:
-    search = OrderSearch(IovaDomain(), known=True)
-    search.begin(1, world.part("Operation"))
-    return search
-
-
 class Host:
     """A host kernel that grants everything, and the memory behind it: one piece each."""
 
@@ -268,7 +258,6 @@ PARTS: dict[str, Callable[[World], Any]] = {
     "large": lambda w: _pool(w, LARGE_BYTES),
     "bar": lambda w: w.part("machine").add_bar(1 << 20).start,
     "page": lambda w: w.part("PageAllocator").alloc(),
-    "trace": lambda w: load(Path(__file__).parents[1] / "data" / "kernel-traces" / "p2p-cmb.trace.txt.xz"),
     "topology": lambda w: PciTopology(w.part("memory"), Platform()),
     "Device": _device,
     "Windows": lambda w: w.part("Device"),
@@ -340,13 +329,8 @@ PARTS: dict[str, Callable[[World], Any]] = {
     "P2pState": _p2p,
     "Swiotlb": _swiotlb,
     "SwiotlbPool": lambda w: w.part("Swiotlb").pools[0],
-    "Operation": lambda w: Operation("alloc", 1, 1, 2, (0,), 1),
-    "OperationReader": lambda w: OperationReader(w.part("trace")),
     "Rows": lambda w: Rows(Pattern()),
     "Scanner": lambda w: Scanner(),
-    "Branch": lambda w: Branch(IovaDomain()),
-    "Counts": lambda w: None,
-    "OrderSearch": _order_search,
 }
 
 
@@ -386,7 +370,6 @@ SEEN: dict[str, Callable[[Any], Any]] = {
     "Swiotlb": lambda s: (s.used, [pool.allocations() for pool in s.pools], s.low, s.high),
     "FailPoint": lambda f: f.countdown,
     "Gather": lambda g: (g.start, g.end, g.freelist),
-    "OrderSearch": lambda s: (len(s.pending), len(s.branches)),
     "Port": lambda p: len(p.peers),
 }
 
