@@ -49,8 +49,9 @@ class Entry:
         return ".".join(part for part in (self.module.removeprefix("dmakit."), self.owner, self.name) if part)
 
 
-# Stages of one replay, each made and fed by the one before it; what a caller can give them is a trace (tests/trace fuzz it).
-STAGES = {f"dmakit.trace.{name}" for name in ("midlife", "tally", "timeline", "operations", "search")}
+# Stages of a replay, each made and fed by the one before it: what a caller can give them is a trace.
+_STAGES = ("branch", "midlife", "operation", "operations", "search", "tally", "timeline")
+STAGES = {f"dmakit.trace.{name}" for name in _STAGES}
 MODULES = [module for module in _core.COMPILED_MODULES if module not in STAGES]
 
 

@@ -59,7 +59,9 @@ def faults_of(core: str, answer: dict[str, Any]) -> str:
 
 
 def difference(interpreted: dict[str, Any], compiled: dict[str, Any]) -> str:
-    """How the answers of the two forms differ, or an empty text."""
+    """How the answers of the two forms differ, or an empty text. A fingerprint means something in one process only."""
+    if ".fingerprint(" in compiled["call"]:
+        return ""
     seen = [(one.get("raised"), one.get("text"), one.get("answer")) for one in (interpreted, compiled)]
     if seen[0] == seen[1]:
         return ""
