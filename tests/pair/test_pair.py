@@ -91,10 +91,27 @@ def test_the_two_children_run_different_cores(cores: tuple[Core, Core]) -> None:
     compare(cores, (0, [("map_phys", 0, 4096, 0, 1), ("unmap_phys", 0, 0, 0, 0)]))
 
 
-@settings(max_examples=60, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
+ALIKE = {"deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=60, derandomize=True, **ALIKE)
 @given(program=PROGRAMS)
 def test_the_cores_answer_alike(cores: tuple[Core, Core], program: Any) -> None:
     compare(cores, program)
+
+
+@pytest.mark.long
+@settings(max_examples=3000, **ALIKE)
+@given(program=PROGRAMS)
+def test_the_cores_answer_alike_to_thousands(cores: tuple[Core, Core], program: Any) -> None:
+    compare(cores, program)
+
+
+def test_a_size_that_no_64_bits_hold_once_rounded_up(cores: tuple[Core, Core]) -> None:
+    compare(
+        cores,
+        (0, [("map_phys", 0, (1 << 64) - 1, 0, 0), ("map_phys", 0, 1 << 63, 0, 0), ("map_phys", 0, 1 << 64, 0, 0)]),
+    )
 
 
 def drawn(seed: int) -> Any:

@@ -74,7 +74,7 @@ def checked_attrs(attrs: object) -> int:
 def checked_range(call: str, start: object, size: object) -> tuple[int, int]:
     """[start, start+size) as two integers; MisuseError unless it is a non-empty range of 64-bit addresses."""
     first, length = integer(start), integer(size)
-    if first is None or length is None or first < 0 or length <= 0 or first + length > 1 << 64:
+    if first is None or length is None or first < 0 or length <= 0 or length >> 64 or first + length > 1 << 64:
         raise MisuseError(f"{call}: [{start!r}, +{size!r}): must be a non-empty range of 64-bit addresses")
     return first, length
 

@@ -160,6 +160,8 @@ class Streaming(MapCore):
         if self.min_align_mask > self.granule_mask:
             self._warn(WARN_MAP_ALIGN)
             return self._fail(-EINVAL, _NONE)
+        if size >> 63:  # rounded up it may not be a 64-bit number any more
+            return self._fail(-ENOMEM, _IOVA_EXHAUSTED)
         iova = self._alloc_iova(length, self.mask, cpu)
         if iova == 0:
             return self._fail(-ENOMEM, _IOVA_EXHAUSTED)
