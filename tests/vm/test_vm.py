@@ -54,20 +54,9 @@ def test_a_guest_that_dies_is_no_success() -> None:
 
 
 def test_nothing_stays_behind_when_the_caller_is_terminated(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "tools.vm",
-        "run",
-        "--iommu",
-        "none",
-        "--out",
-        str(tmp_path),
-        "--",
-        "sleep",
-        "1000",
-    ]
-    caller = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    caller = subprocess.Popen(
+        sleeping(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     wait_for(lambda: bool(guests_of(tmp_path)))
     caller.terminate()
     _, text = caller.communicate(timeout=60)
@@ -76,24 +65,17 @@ def test_nothing_stays_behind_when_the_caller_is_terminated(tmp_path: Path) -> N
 
 
 def test_a_guest_dies_with_a_killed_caller(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "tools.vm",
-        "run",
-        "--iommu",
-        "none",
-        "--out",
-        str(tmp_path),
-        "--",
-        "sleep",
-        "1000",
-    ]
-    caller = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    caller = subprocess.Popen(sleeping(tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: bool(guests_of(tmp_path)))
     caller.kill()
     caller.wait()
     wait_for(lambda: not guests_of(tmp_path))
+
+
+def sleeping(share: Path) -> list[str]:
+    """The command of a boot that goes on for long."""
+    command = [sys.executable, "-m", "tools.vm", "run", "--iommu", "none", "--out", str(share)]
+    return [*command, "--", "sleep", "1000"]
 
 
 def guests_of(share: Path) -> list[int]:

@@ -17,6 +17,7 @@ usually one range. It needs a device that snoops, and memory that is not bounced
 from __future__ import annotations
 
 import bisect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -124,7 +125,7 @@ def _fit_prps(ranges: Ranges) -> bool:
     return starts and all((addr + size) % PAGE_SIZE == 0 for addr, size in ranges[:-1])
 
 
-class _Listed:
+class _Listed(ABC):
     """Base: ``ranges`` gives device ranges and a token, ``release`` undoes them; descriptors are written here."""
 
     path = PATH_EACH
@@ -183,10 +184,11 @@ class _Listed:
         writer.drop(iod.blocks)
         self.release(iod.request, token, iod.request.cpu if cpu is None else cpu)
 
+    @abstractmethod
     def ranges(self, request: Request) -> tuple[Ranges, Any, int]:
         """Device ranges, the token that releases them, and the reason of the path."""
-        raise NotImplementedError
 
+    @abstractmethod
     def release(self, request: Request, token: Any, cpu: int) -> None:
         """Undo ``ranges``."""
 
@@ -266,6 +268,9 @@ class PremapMapper(_Listed):
                     found.append((where, take))
                 phys, length = phys + take, length - take
         return found, None, int(Reason.PREMAPPED)
+
+    def release(self, request: Request, token: Any, cpu: int) -> None:
+        """Nothing: registered memory stays mapped."""
 
 
 STRATEGIES: dict[str, Callable[[RequestMapper], Mapper]] = {
