@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tests.support.vfio.devices import FakeNvme
 from tests.support.vfio.host import FakeHost
 
 from dmakit.cli import main
 from dmakit.errors import InputError
+from dmakit.lab import hardware_report
 from dmakit.lab.hardware import STRATEGIES, HardwareComparison, Target, compare_on_hardware
 from dmakit.lab.inputs import resolve
 from dmakit.lab.relocate import depth_of, memory_needed, moved
@@ -98,6 +101,21 @@ def test_neighbours_stay_neighbours_and_strangers_strangers() -> None:
     there = moved(workload, PageAllocator(memory, 1 << 20, 1 << 25))
     assert there.requests[0].segments == ((0x10_0200, 0x1E00), (0x10_3000, 0x1000))
     assert depth_of(workload) == 1
+
+
+@pytest.mark.parametrize(("width", "lines"), [(80, 2), (130, 1)])
+def test_no_figure_is_cut_on_a_narrow_terminal(width: int, lines: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    narrow = Console(file=shown, width=width, force_terminal=True, color_system=None, highlight=False)
+    monkeypatch.setattr(hardware_report, "console", lambda: narrow)
+    hardware_report.print_hardware(compared(host(), "bs=64k,iodepth=2,rw=randrw,frag=1,n=10"))
+    text = shown.getvalue()
+    assert "…" not in text and "bytes wrong: 0 of 2,621,440" in text
+    head, rows = text.split("here\n\n")[1].split("\npage ")
+    assert len(head.splitlines()) == lines
+    rows = f"page {rows}".splitlines()[: len(STRATEGIES)]
+    assert [row.split()[0] for row in rows] == list(STRATEGIES)
+    assert all(len(row.split()) == len(hardware_report.COLUMNS) and len(row) <= width for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from rich.table import Table
 
 from dmakit import _core
 from dmakit.lab.hardware import HardwareComparison, HardwareResult
-from dmakit.lab.report import console, number, say
+from dmakit.lab.report import console, empty_table, number, print_table, say
 
 COLUMNS = (
     "strategy",
@@ -20,6 +22,15 @@ COLUMNS = (
     "both us",
     "spread",
 )
+NARROW = {
+    "host maps": "host\nmaps",
+    "unmaps": "un-\nmaps",
+    "IOVA m/d/t": "IOVA\nm/d/t",
+    "kept B": "kept\nB",
+    "map us": "map\nus",
+    "unmap us": "unmap\nus",
+    "both us": "both\nus",
+}
 
 
 def row_of(result: HardwareResult) -> list[str]:
@@ -43,6 +54,15 @@ def row_of(result: HardwareResult) -> list[str]:
     ]
 
 
+def strategies_table(ran: list[HardwareResult], narrow: bool = False) -> Table:
+    """One row a strategy; the cheapest is green."""
+    table = empty_table(COLUMNS, NARROW if narrow else None)
+    best = min((result.total_ns for result in ran), default=0)
+    for result in ran:
+        table.add_row(*row_of(result), style="green" if result.total_ns == best else "")
+    return table
+
+
 def path_lines(comparison: HardwareComparison) -> list[str]:
     """The paths that requests took, with reasons and counts."""
     lines = []
@@ -58,17 +78,10 @@ def print_hardware(comparison: HardwareComparison) -> None:
     out = console()
     target = comparison.target
     say(out, f"{comparison.input}  (vfio:{target.bdf}, {comparison.backend}, {comparison.controller})", style="bold")
-    table = Table(title=None, box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "strategy" else "right", no_wrap=True)
     ran = [result for result in comparison.results if result.requests]
     if ran:
         out.print(f"{ran[0].requests} requests, {ran[0].size:,} bytes; counts per request, times measured here\n")
-    best = min((result.total_ns for result in ran), default=0)
-    for result in ran:
-        table.add_row(*row_of(result), style="green" if result.total_ns == best else "")
-    free = out.options.update(max_width=1000)
-    out.print(table, width=out.measure(table, options=free).maximum, crop=False)
+    print_table(out, partial(strategies_table, ran))
     for result in comparison.results:
         if result.unavailable:
             say(out, f"{result.name}: not run: {result.unavailable}", style="dim")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
@@ -77,24 +79,28 @@ def row_of(result: StrategyResult) -> list[str]:
     ]
 
 
-def print_table(out: Console, comparison: Comparison) -> None:
-    """The table, closer together where it would not fit; a figure is never cut."""
+def print_table(out: Console, make: Callable[[bool], Table]) -> None:
+    """The table that ``make(narrow)`` gives, closer together where it would not fit; a figure is never cut."""
     free = out.options.update(max_width=1000)
-    table = comparison_table(comparison)
+    table = make(False)
     if out.measure(table, options=free).maximum > out.width:
-        table = comparison_table(comparison, narrow=True)
+        table = make(True)
     out.print(table, width=out.measure(table, options=free).maximum, crop=False)
 
 
-def comparison_table(comparison: Comparison, *, narrow: bool = False) -> Table:
+def empty_table(columns: Sequence[str], narrow: dict[str, str] | None) -> Table:
+    """The heads of a table, the first column to the left; ``narrow``: heads of two lines, less space between."""
+    table = Table(
+        title=None, box=None, pad_edge=False, header_style="bold", padding=(0, 1) if narrow is None else (0, 1, 0, 0)
+    )
+    for number, name in enumerate(columns):
+        table.add_column((narrow or {}).get(name, name), justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def comparison_table(comparison: Comparison, narrow: bool = False) -> Table:
     """One row a strategy, figures per request."""
-    table = Table(title=None, box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0) if narrow else (0, 1))
-    for name in COLUMNS:
-        table.add_column(
-            NARROW.get(name, name) if narrow else name,
-            justify="left" if name == "strategy" else "right",
-            no_wrap=True,
-        )
+    table = empty_table(COLUMNS, NARROW if narrow else None)
     best = comparison.cheapest()
     for result in comparison.results:
         if not result.unavailable:
@@ -124,7 +130,7 @@ def print_comparison(comparison: Comparison, command: str) -> None:
     say(out, f"{comparison.input}  ({where}, policy {options.policy}, seed {options.seed})", style="bold")
     if first is not None:
         out.print(f"{first.requests} requests, {first.size:,} bytes; figures per request\n")
-    print_table(out, comparison)
+    print_table(out, partial(comparison_table, comparison))
     for result in comparison.results:
         if result.unavailable:
             say(out, f"{result.name}: not run: {result.unavailable}", style="dim")
