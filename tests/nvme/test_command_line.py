@@ -37,6 +37,15 @@ def test_verify_writes_and_says_so(capsys: pytest.CaptureFixture[str], tmp_path:
     assert report["good"] and report["strategy"] == "two-step" and report["bytes_compared"] == 262144
 
 
+def test_verify_without_writing_needs_no_yes_and_finds_that_nothing_was_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["nvme", "verify", "--soft", "--size", "64k", "--no-write"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("soft, namespace 1: 65536 bytes of an earlier run read and compared\n")
+    assert "WRONG: " in out and "what was there is gone" not in out
+
+
 def test_a_difference_is_status_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     data = exercise.Verifier.data
     calls: list[int] = []

@@ -68,6 +68,20 @@ def test_verify_finds_every_byte_right_with_every_strategy(platform: str, strate
 
 
 @everywhere
+def test_what_one_run_wrote_every_strategy_reads_without_writing(platform: str) -> None:
+    run: dict[str, int] = {"total": 512 << 10, "first": 8, "seed": 3, "max_io": 64 << 10}
+    with world(platform) as w:
+        for number, strategy in enumerate(STRATEGIES):
+            with w.open(strategy=strategy) as controller:
+                report = Verifier(controller, 1, **run).run(write=number == 0)
+                assert report.good and report.bytes_compared == 512 << 10, report
+                assert report.bytes_written == (0 if number else 512 << 10)
+        with w.open() as controller:
+            other = Verifier(controller, 1, **{**run, "seed": 4}).run(write=False)
+        assert not other.good and len(other.mismatches) == other.extents
+
+
+@everywhere
 def test_verify_finds_a_byte_that_differs_and_a_status(platform: str) -> None:
     with world(platform) as w, w.open() as controller:
         verifier = Verifier(controller, 1, total=256 << 10, seed=1, max_io=32 << 10)

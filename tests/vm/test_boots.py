@@ -15,7 +15,7 @@ from tests.vm.plugin import require_built
 from tests.vm.reporter import REPORT
 
 PYTEST = ["python3", "-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.vm.reporter"]
-EVERYTHING = Machine(nvme=2, nvme_mib=256, cmb=True, edu=True)
+EVERYTHING = Machine(nvme=2, nvme_mib=1280, cmb=True, edu=True)
 IOMMUS = [name for name in VARIANTS if name != "none"]
 
 

@@ -74,6 +74,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     verify = made["verify"]
     verify.add_argument("--size", type=_size, default=64 << 20, help="bytes to write and compare (default: 64M)")
     verify.add_argument("--max-io", type=_size, default=512 << 10, help="largest transfer (default: 512K)")
+    verify.add_argument(
+        "--no-write",
+        action="store_true",
+        help="only read: compare with what a verify with the same --size, --lba, --max-io and --seed wrote before",
+    )
     verify.add_argument("--seed", type=int, default=0, help="seed of data, sizes, order, memory (default: 0)")
     perf = made["perf"]
     perf.add_argument("--op", choices=("read", "write"), default="read", help="default: read")
@@ -100,6 +105,7 @@ def _check(args: argparse.Namespace) -> None:
     from dmakit.errors import InputError
 
     destroys = args.action in DESTRUCTIVE or (args.action == "perf" and args.op == "write")
+    destroys = destroys and not getattr(args, "no_write", False)
     if destroys and not args.yes:
         raise InputError(f"nvme {args.action} overwrites {args.platform}, namespace {args.nsid}: say --yes to do it")
     if args.queues < 1 or getattr(args, "depth", 1) < 1 or not args.timeout > 0:
@@ -247,10 +253,11 @@ def _verify(controller: Controller, args: argparse.Namespace) -> int:
         seed=args.seed,
         max_io=args.max_io,
         progress=progress(unit="bytes"),
-    ).run()
+    ).run(write=not args.no_write)
+    wrote = f"{report.bytes_written} bytes written from block {report.first_lba} (what was there is gone), "
     lines = [
-        f"{report.controller}, namespace {report.nsid}: {report.bytes_written} bytes written from block "
-        f"{report.first_lba} (what was there is gone), {report.bytes_compared} read back and compared",
+        f"{report.controller}, namespace {report.nsid}: {'' if args.no_write else wrote}"
+        f"{report.bytes_compared} {'bytes of an earlier run read' if args.no_write else 'read back'} and compared",
         f"{report.extents} extents, {report.commands} commands ({report.prp_commands} PRP, {report.sgl_commands} SGL), "
         f"up to {report.max_in_flight} in flight, strategy {report.strategy}, seed {report.seed}, "
         f"{report.resets} resets",
