@@ -24,7 +24,34 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / "src" / "dmakit"
 CORE = runpy.run_path(str(PACKAGE / "_core.py"))
 MODULES: tuple[str, ...] = CORE["COMPILED_MODULES"]
-CFLAGS = ["-O3", "-DNDEBUG", "-g0", "-fno-strict-aliasing", "-w"]  # looking for warnings takes a tenth of the time
+CFLAGS = ["-DNDEBUG", "-g0", "-fno-strict-aliasing", "-w"]  # looking for warnings takes a tenth of the time
+CALLERS = {
+    "dmakit._seal",
+    "dmakit.bench.pairs",
+    "dmakit.block.request",
+    "dmakit.dma.exact",
+    "dmakit.failpoint",
+    "dmakit.iommu.devtlb",
+    "dmakit.iommu.dirty",
+    "dmakit.iommu.faults",
+    "dmakit.iommu.invalidation",
+    "dmakit.iommu.port",
+    "dmakit.iommu.unit",
+    "dmakit.iova.exact",
+    "dmakit.nvme.pool",
+    "dmakit.nvme.ring",
+    "dmakit.p2p.state",
+    "dmakit.platform.linux.domain",
+    "dmakit.platform.linux.shadow",
+    "dmakit.trace.branch",
+    "dmakit.trace.midlife",
+    "dmakit.trace.operation",
+    "dmakit.trace.operations",
+    "dmakit.trace.rows",
+    "dmakit.trace.search",
+    "dmakit.trace.tally",
+    "dmakit.trace.timeline",
+}
 SHARED = "dmakit._cyutility"
 DIRECTIVES = {
     "language_level": 3,
@@ -76,11 +103,22 @@ def wanted() -> bool:
 
 def extensions() -> list[Extension]:
     """The hot modules as they stand in the tree, and the utility code that they share; C only when build_ext runs."""
+    sources = {name: Path("src", *name.split(".")).with_suffix(".py") for name in MODULES}
+    largest_first = sorted(MODULES, key=lambda name: sources[name].stat().st_size, reverse=True)
     listed = [
-        Extension(name, [str(Path("src", *name.split(".")).with_suffix(".py"))], extra_compile_args=CFLAGS)
-        for name in MODULES
+        Extension(name, [str(sources[name])], extra_compile_args=[*CFLAGS, *effort(name)]) for name in largest_first
     ]
     return [*listed, Extension(SHARED, [shared_c()], extra_compile_args=[*CFLAGS, "-O2"])]
+
+
+def effort(module: str) -> list[str]:
+    """How hard the C compiler tries.
+
+    Modules that pass the work on (to other modules, to ioctls, to Python objects) run as fast from ``-O1``,
+    which compiles in half the time; the others need ``-O3``: the fills of page tables and lists take 1.4 times as
+    long from ``-O2``.
+    """
+    return ["-O1"] if module in CALLERS else ["-O3"]
 
 
 def shared_c() -> str:
