@@ -93,6 +93,46 @@ def test_a_scan_goes_on_where_there_was_no_room() -> None:
     assert covered == sorted(pages)
 
 
+@pytest.mark.parametrize("each", [1, 7, 20, 100, 1000])
+def test_many_blocks_of_every_density(each: int) -> None:
+    """A page in ``each``, over more words than are looked at in one go, none of them a round number."""
+    bits = 64 * 331 + 17
+    pages = set(random.Random(each).sample(range(bits), bits // each))
+    bitmap = bitmap_of(pages, bits)
+    edges = sorted({page for page in pages if page - 1 not in pages} | {page + 1 for page in pages} - pages)
+    assert bitmap.count() == len(pages)
+    assert list(bitmap.pages()) == sorted(pages)
+    assert list(bitmap.runs()) == edges
+    for start in (1, 63, 64, 65, 330, 331, 332):
+        out = array("Q", bytes(8 * (bits + 66)))
+        count, word = bitmap.scan_pages(out, start)
+        assert (list(out[:count]), word) == ([page for page in sorted(pages) if page >= 64 * start], 332)
+        count, word = bitmap.scan_runs(out, start)
+        assert (set_of_runs(out[: 2 * count]), word) == ({page for page in pages if page >= 64 * start}, 332)
+
+
+@pytest.mark.parametrize("room", [66, 67, 129, 400, 4200])
+def test_any_room_lists_everything_and_nothing_beyond_it_is_touched(room: int) -> None:
+    bits = 64 * 200
+    pages = set(random.Random(room).sample(range(bits), bits // 10)) | set(range(640, 1000))
+    bitmap = bitmap_of(pages, bits)
+    for scan in (bitmap.scan_pages, bitmap.scan_runs):
+        out = array("Q", [7] * (room + 8))
+        found: set[int] = set()
+        word = 0
+        while word < len(bitmap.words):
+            count, after = scan(memoryview(out)[:room], word)
+            assert after > word
+            word = after
+            found |= set(out[:count]) if scan == bitmap.scan_pages else set_of_runs(out[: 2 * count])
+            assert list(out[room:]) == [7] * 8
+        assert found == pages
+
+
+def set_of_runs(edges: array[int]) -> set[int]:
+    return {page for n in range(0, len(edges), 2) for page in range(edges[n], edges[n + 1])}
+
+
 def test_dense_and_empty() -> None:
     full = Bitmap(64 * 40)
     full.set(0, full.bits)

@@ -8,7 +8,7 @@ cdef extern from *:
     #define _EACH_32 0x0000000100000001ULL
     #define _LOW_63 0x7FFFFFFFFFFFFFFFULL
     #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
-    #define DMAKIT_EACH_CPU __attribute__((target_clones("arch=icelake-server", "popcnt", "default")))
+    #define DMAKIT_EACH_CPU __attribute__((target_clones("popcnt", "default")))
     #else
     #define DMAKIT_EACH_CPU
     #endif
@@ -35,9 +35,10 @@ cdef unsigned long long _mask(int low, int width) noexcept nogil
 cdef void set_range(unsigned long long[::1] words, unsigned long long first, unsigned long long last) noexcept nogil
 cdef void _clear_range(unsigned long long[::1] words, unsigned long long first,
                        unsigned long long last) noexcept nogil
-cdef Py_ssize_t _emit(unsigned long long word, unsigned long long base, unsigned long long[::1] out,
-                      Py_ssize_t at) noexcept nogil
-cdef Py_ssize_t _occupied(unsigned long long[::1] words, unsigned short[::1] places) noexcept nogil
+cdef inline Py_ssize_t _emit(unsigned long long word, unsigned long long base, unsigned long long[::1] out,
+                             Py_ssize_t at) noexcept nogil
+cdef inline Py_ssize_t _occupied(unsigned long long[::1] words, unsigned short[::1] places,
+                                 unsigned long long[::1] out, Py_ssize_t at) noexcept nogil
 cdef unsigned long long _fields(int width, int shift) noexcept nogil
 cdef unsigned long long _fold(unsigned long long word, int shift) noexcept nogil
 cdef void _coarsen(unsigned long long[::1] words, unsigned long long[::1] out, int shift,
