@@ -50,6 +50,13 @@ class Reason(IntEnum):
     NO_DATA = 27
     DESCRIPTORS_EXHAUSTED = 28
     MALFORMED_SEGMENTS = 29
+    NOT_OFFERED = 30
+    COSTS_UNKNOWN = 31
+    WINDOW_CHEAPER = 32
+    RENT_BELOW_PRICE = 33
+    RENT_ABOVE_PRICE = 34
+    REGISTRATION_REFUSED = 35
+    NOT_REGISTRABLE = 36
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +200,36 @@ RULES: dict[Reason, Rule] = {
         "segments do not meet on controller pages, which PRPs cannot describe: the request fails",
         "a controller with SGL support, or buffers whose interior segments are page-aligned",
         "drivers/nvme/host/pci.c nvme_pci_setup_data_prp",
+    ),
+    Reason.NOT_OFFERED: Rule(
+        "auto: nobody said how long this memory lives, so it is not kept mapped: one window for this request",
+        "memory of Controller.buffer, or offered to the mapper",
+    ),
+    Reason.COSTS_UNKNOWN: Rule(
+        "auto: what mappings cost here could not be measured: one window for this request",
+        "free memory, mappings or IOVAs when the first request comes",
+    ),
+    Reason.WINDOW_CHEAPER: Rule(
+        "auto: measured here, a window for this request costs no more than computing addresses of registered memory",
+        "it is the cheapest path",
+    ),
+    Reason.RENT_BELOW_PRICE: Rule(
+        "auto: the buffer's windows have not cost as much yet as registering it would: one more window",
+        "more uses of the same buffer",
+    ),
+    Reason.RENT_ABOVE_PRICE: Rule(
+        "auto: the buffer's windows would have cost more than registering it, so it is registered and requests only "
+        "compute addresses",
+        "it is the cheapest path",
+    ),
+    Reason.REGISTRATION_REFUSED: Rule(
+        "auto: registering the buffer was worth it and was refused (mappings, locked memory or IOVAs ran out): "
+        "windows until it is tried again",
+        "higher limits (dma_entry_limit, RLIMIT_MEMLOCK, the device's mask), or fewer and smaller buffers",
+    ),
+    Reason.NOT_REGISTRABLE: Rule(
+        "auto: registered memory is not synced on each use, and this device does not snoop or its memory is bounced",
+        "a coherent, trusted device that reaches all memory",
     ),
     Reason.NOT_IN_TRACE: Rule("not knowable from this trace", "record the missing events (dmakit record --help)"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from dmakit.cli import main
 from dmakit.errors import InputError
 from dmakit.lab import hardware_report
 from dmakit.lab.hardware import STRATEGIES, HardwareComparison, Target, compare_on_hardware
+from dmakit.lab.hardware_report import COLUMNS
 from dmakit.lab.inputs import resolve
 from dmakit.lab.relocate import depth_of, memory_needed, moved
 from dmakit.lab.request_table import COMPLETE, SUBMIT, IoRequest, Layout, Requests
@@ -21,7 +23,10 @@ from dmakit.lab.sources import source_of
 from dmakit.lab.workload import Workload
 from dmakit.memory.pages import PageAllocator
 from dmakit.memory.physical import PhysicalMemory
+from dmakit.nvme import auto
+from dmakit.nvme.costs import Costs, Line
 from dmakit.nvme.namespace import Namespace
+from dmakit.reasons import Reason
 
 BDF = "0000:00:04.0"
 
@@ -110,7 +115,7 @@ def test_no_figure_is_cut_on_a_narrow_terminal(width: int, lines: int, monkeypat
     monkeypatch.setattr(hardware_report, "console", lambda: narrow)
     hardware_report.print_hardware(compared(host(), "bs=64k,iodepth=2,rw=randrw,frag=1,n=10"))
     text = shown.getvalue()
-    assert "…" not in text and "bytes wrong: 0 of 2,621,440" in text
+    assert "…" not in text and "bytes wrong: 0 of 3,276,800" in text
     head, rows = text.split("here\n\n")[1].split("\npage ")
     assert len(head.splitlines()) == lines
     rows = f"page {rows}".splitlines()[: len(STRATEGIES)]
@@ -125,9 +130,9 @@ def test_no_figure_is_cut_on_a_narrow_terminal(width: int, lines: int, monkeypat
          f"--platform vfio:{BDF}: writes on the controller's namespace 1, from block 0 on: add --yes"),
         (["--platform", "vfio:" + BDF, "--yes", "--mode", "lazy"],
          f"--platform vfio:{BDF} --mode: the host's IOMMU and its device are what they are"),
-        (["--platform", "mainframe"], "--platform mainframe: must be one of server, embedded, or for compare vfio:BDF"),
+        (["--platform", "mainframe"], "--platform mainframe: must be one of server, embedded, vfio:BDF"),
         (["--platform", "vfio:" + BDF, "--yes", "--strategy", "direct"],
-         "--strategy direct: on hardware it must be one of page, sg, two-step, premap"),
+         "--strategy direct: on hardware it must be one of page, sg, two-step, premap, auto"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,3 +147,64 @@ def test_a_namespace_that_is_too_small_is_refused() -> None:
     ):
         compared(kernel, "bs=64k,iodepth=8,n=16")
     assert kernel.left() == {"files": 0, "pinned": 0}
+
+
+@pytest.mark.parametrize("backend", ["iommufd", "type1"])
+def test_auto_chooses_and_says_what_it_measured(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Costs(Line(1000, 500, 0), Line(0, 0, 0), Line(1000, 1500, 0))
+    monkeypatch.setattr(auto.AutoMapper, "measured", lambda self: setattr(self, "costs", made) or made)
+    found = compared(host(), "bs=16k,iodepth=2,frag=1,n=20", ["auto"], backend=backend)
+    (result,) = found.results
+    assert (result.wrong, result.failed, result.requests, result.buffers) == (0, 0, 20, 2)
+    assert result.paths.counts() == {
+        "two-step": {Reason.RENT_BELOW_PRICE: 4},
+        "registered": {Reason.RENT_ABOVE_PRICE: 16},
+    }
+    assert result.ledger["domain_maps"] == 4 * 4 + 2 * 4  # windows, registrations
+    assert result.choice == {"costs": made.report(), "unmeasured": None, "evictions": 0}
+    assert list(result.commands) == list(range(20))
+    assert found.report()["strategies"][0]["auto"] == result.choice  # type: ignore[index]
+    assert result.spent_ns > 0 and result.mean_ns == result.spent_ns / 20
+
+
+def test_explain_says_which_was_chosen_and_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Costs(Line(1100, 500, 0), Line(100, 0, 0), Line(13000, 1500, 0), took_ns=1_500_000, rounds=5)
+    monkeypatch.setattr(auto.AutoMapper, "measured", lambda self: setattr(self, "costs", made) or made)
+    monkeypatch.setattr("dmakit.platform.linux.machine.Kernel", host)
+    words = ["explain", "bs=16k,iodepth=1,frag=1,n=20", "--platform", f"vfio:{BDF}", "--yes"]
+    assert main.run(words) == 0
+    windows, first, registered, eighth, costs = capsys.readouterr().out.splitlines()
+    assert windows.startswith(
+        "two-step: RENT_BELOW_PRICE  6 of 20 requests, fast path: auto: the buffer's windows have not"
+    )
+    assert registered.startswith(
+        "registered: RENT_ABOVE_PRICE  14 of 20 requests, fast path: auto: the buffer's windows"
+    )
+    figures = "window: 3.1 us a request, registered: 0.1 us, registration: 19.0 us once: premapped from use 7 on"
+    assert (first, eighth) == (f"    request 0: {figures}", f"    request 6: {figures}")
+    assert costs == (
+        "us measured here: a window 1.10 + 0.50 a piece + 0.000 a page; a use of registered memory 0.10 + 0.00 a piece "
+        "+ 0.000 a page; a registration 13.00 + 1.50 a piece + 0.000 a page (5 rounds, 1.5 ms)"
+    )
+    assert main.run([*words, "--request", "6", "--json", "-"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["request"]["path"], document["request"]["reason"]) == ("registered", "RENT_ABOVE_PRICE")
+    assert document["auto"]["costs"] == made.report() and document["lines"][0]["figures"] == figures
+    assert main.run(["explain", "--platform", f"vfio:{BDF}"]) == 2
+    assert capsys.readouterr().err == (
+        f"dmakit: --platform vfio:{BDF}: writes on the controller's namespace 1, from block 0 on: add --yes\n"
+    )
+
+
+def test_compare_shows_auto_beside_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dmakit.platform.linux.machine.Kernel", host)
+    words = ["compare", "bs=16k,iodepth=2,frag=1,n=20", "--platform", f"vfio:{BDF}", "--yes"]
+    assert main.run([*words, "--strategy", "auto", "--strategy", "two-step"]) == 0
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines() if line.startswith(("auto ", "two-step "))]
+    assert [row[0] for row in rows if len(row) == len(COLUMNS)] == ["auto", "two-step"]
+    assert "bytes wrong: 0 of 655,360" in text and "auto: us measured here: a window " in text

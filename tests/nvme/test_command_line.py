@@ -69,7 +69,14 @@ def test_write_read_and_perf(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert (tmp_path / "out").read_bytes() == bytes(1024)  # each run is another machine
     capsys.readouterr()
     assert run(["nvme", "perf", "--seconds", "0.05", "--depth", "4", "--json", "-"]) == 0
-    assert json.loads(capsys.readouterr().out)["ios"] > 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ios"] > 0 and (found["strategy"], found["verdict"]) == ("premap", "")
+    assert run(["nvme", "perf", "--seconds", "0.05", "--depth", "4", "--strategy", "auto"]) == 0
+    shown = capsys.readouterr().out
+    assert "memory registered from the start (auto)" in shown and "\nrequest by request: window: " in shown
+    assert run(["nvme", "verify", "--yes", "--size", "256K", "--strategy", "auto", "--max-io", "64K"]) == 0
+    shown = capsys.readouterr().out
+    assert ", strategy auto, " in shown and "\nauto: us measured here: a window " in shown
 
 
 @pytest.mark.parametrize(
@@ -84,6 +91,7 @@ def test_write_read_and_perf(capsys: pytest.CaptureFixture[str], tmp_path: Path)
          "1073741824 bytes from block 0: namespace 1 has 262144 blocks of 512 bytes"),
         (["perf", "--bs", "1000"], "--bs 1000: must be whole blocks of 512 bytes, at most 8192"),
         (["perf", "--op", "write"], "nvme perf overwrites soft, namespace 1: say --yes to do it"),
+        (["perf", "--strategy", "sg"], "nvme perf --strategy sg: it works on registered memory: auto or premap"),
         (["identify", "--queues", "0"], "--queues, --depth and --timeout: must be above 0"),
     ],
 )  # fmt: skip

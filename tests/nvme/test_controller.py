@@ -277,13 +277,13 @@ def test_what_soft_refuses() -> None:
             controller.buffer(512) as buffer,
             pytest.raises(
                 MisuseError,
-                match=r"^buffer: not registered \(the strategy is not premap\), so it has no device address$",
+                match=r"^buffer: the strategy registers nothing \(premap and auto do\): it has no device address$",
             ),
         ):
             buffer.address()
         assert isinstance(controller, Controller)
     with (
-        pytest.raises(MisuseError, match=r"^strategy='guess': must be one of two-step, page, sg, premap$"),
+        pytest.raises(MisuseError, match=r"^strategy='guess': must be one of two-step, page, sg, premap, auto$"),
         world("soft") as w,
     ):
         w.open(strategy="guess")

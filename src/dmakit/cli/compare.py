@@ -11,10 +11,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``compare``."""
     labargs.configure(parser)
     parser.add_argument("--strategy", action="append", metavar="NAME", help="run only this strategy (repeatable)")
-    hardware = parser.add_argument_group("with --platform vfio:BDF")
-    hardware.add_argument("--yes", action="store_true", help="overwrite the first blocks of the namespace")
-    hardware.add_argument("--backend", choices=("auto", "iommufd", "type1"), default="auto", help="kernel interface")
-    hardware.add_argument("--nsid", type=int, default=1, metavar="N", help="namespace (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:

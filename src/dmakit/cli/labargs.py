@@ -1,4 +1,4 @@
-"""Arguments that ``compare`` and ``explain`` share, and the progress line."""
+"""Arguments that ``compare`` and ``explain`` share, those of a real controller among them, and the progress line."""
 
 from __future__ import annotations
 
@@ -49,10 +49,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--platform",
         default="server",
         metavar="server|embedded|vfio:BDF",
-        help="a preset of the above, or a real NVMe controller (compare only; its first blocks are lost)",
+        help="a preset of the above, or a real NVMe controller (its first blocks are lost)",
     )
     parser.add_argument("--checker", action="store_true", help="run with the contract checker on")
     parser.add_argument("--json", metavar="PATH|-", help="write the result as JSON to a file, or - for standard output")
+    hardware = parser.add_argument_group("with --platform vfio:BDF")
+    hardware.add_argument("--yes", action="store_true", help="overwrite the first blocks of the namespace")
+    hardware.add_argument("--backend", choices=("auto", "iommufd", "type1"), default="auto", help="kernel interface")
+    hardware.add_argument("--nsid", type=int, default=1, metavar="N", help="namespace (default: 1)")
 
 
 def base_options(args: argparse.Namespace) -> Options:
@@ -71,7 +75,7 @@ def options_of(args: argparse.Namespace) -> Options:
 
     base = base_options(args)
     if args.platform not in PLATFORMS:
-        raise InputError(f"--platform {args.platform}: must be one of {', '.join(PLATFORMS)}, or for compare vfio:BDF")
+        raise InputError(f"--platform {args.platform}: must be one of {', '.join(PLATFORMS)}, vfio:BDF")
     if args.iommu == "none" and args.mode == "lazy":
         raise InputError("--iommu none --mode lazy: without an IOMMU there is nothing to invalidate")
     if args.platform == "embedded":

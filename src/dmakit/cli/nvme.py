@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dmakit.nvme.controller import Controller
 
 HELP = "drive an NVMe controller: list, identify, read, write, verify every byte, measure"
-STRATEGIES = ("premap", "two-step", "page", "sg")
+STRATEGIES = ("auto", "premap", "two-step", "page", "sg")
 DESTRUCTIVE = ("write", "verify")
 
 
@@ -39,7 +39,9 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=("auto", "type1", "iommufd"), default="auto", help="VFIO interface")
     parser.add_argument("--poll", action="store_true", help="poll instead of waiting for interrupts")
     parser.add_argument("--queues", type=int, default=1, help="I/O queue pairs (default: 1)")
-    parser.add_argument("--strategy", choices=STRATEGIES, default="premap", help="how memory is mapped")
+    parser.add_argument(
+        "--strategy", choices=STRATEGIES, help="how memory is mapped (default: auto, on the software machine premap)"
+    )
     parser.add_argument("--no-sgl", action="store_true", help="PRPs only")
     parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="seconds for a command (default: 30)")
     parser.add_argument("--json", metavar="PATH|-", help="write the result as JSON to a file, or - for standard output")
@@ -108,6 +110,8 @@ def _check(args: argparse.Namespace) -> None:
     destroys = destroys and not getattr(args, "no_write", False)
     if destroys and not args.yes:
         raise InputError(f"nvme {args.action} overwrites {args.platform}, namespace {args.nsid}: say --yes to do it")
+    if args.action == "perf" and args.strategy not in (None, "auto", "premap"):
+        raise InputError(f"nvme perf --strategy {args.strategy}: it works on registered memory: auto or premap")
     if args.queues < 1 or getattr(args, "depth", 1) < 1 or not args.timeout > 0:
         raise InputError("--queues, --depth and --timeout: must be above 0")
 
@@ -120,7 +124,7 @@ def _open(args: argparse.Namespace) -> Controller:
     options: dict[str, Any] = {
         "queues": args.queues + (args.action == "perf"),
         "depth": max(128, getattr(args, "depth", 1)),
-        "strategy": "premap" if args.action == "perf" else args.strategy,
+        "strategy": args.strategy,
         "use_sgl": not args.no_sgl,
         "timeout": args.timeout,
     }
@@ -241,6 +245,7 @@ def _write(controller: Controller, args: argparse.Namespace) -> int:
 
 def _verify(controller: Controller, args: argparse.Namespace) -> int:
     from dmakit.cli.labargs import progress
+    from dmakit.nvme.auto import AutoMapper
     from dmakit.nvme.exercise import Verifier
 
     _space(controller, args)
@@ -262,6 +267,8 @@ def _verify(controller: Controller, args: argparse.Namespace) -> int:
         f"up to {report.max_in_flight} in flight, strategy {report.strategy}, seed {report.seed}, "
         f"{report.resets} resets",
     ]
+    if isinstance(controller.driver.mapper, AutoMapper):
+        lines += controller.driver.mapper.lines()
     lines += report.failed[:10]
     lines += [
         f"block {m.lba}, byte {m.offset}: {m.found:#04x} instead of {m.expected:#04x}" for m in report.mismatches[:10]
@@ -294,6 +301,9 @@ def _perf(controller: Controller, args: argparse.Namespace) -> int:
         f"latency: mean {found.latency_mean / us:,.1f} us, median {found.latency_p50 / us:,.1f} us, "
         f"99 % {found.latency_p99 / us:,.1f} us, worst {found.latency_max / us:,.1f} us",
         f"software: {found.software_ns:,.0f} ns of processor time an I/O in submit and complete",
+        f"memory registered from the start ({found.strategy}): a batch asks for its addresses",
     ]
+    if found.verdict:
+        lines.append(f"request by request: {found.verdict}")
     _report(args, found.as_json(), lines)
     return 1 if found.errors else 0

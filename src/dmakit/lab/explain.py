@@ -2,24 +2,35 @@
 
 The two-step strategy is run on the input (it takes the decisions that Linux's NVMe driver takes); its path log
 is read out, nothing is guessed. What a trace does not show is said to be unknown, with the event that would.
+
+On a real controller ``auto`` is run, which chooses between windows and registered memory by what they cost there: each
+line then has the figures that were measured, for its first request. There a line counts commands: a request may be
+split.
 """
 
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from dmakit.errors import InputError
-from dmakit.lab.compare import Progress, StrategyResult, run_strategy
+from dmakit.errors import InputError, UnsupportedError
+from dmakit.lab.compare import Progress, run_strategy
 from dmakit.lab.options import Options
 from dmakit.lab.request_table import IoRequest, Requests
 from dmakit.lab.rig import Source
-from dmakit.reasons import RULES, Reason, Rule
+from dmakit.nvme.costs import Costs
+from dmakit.nvme.registration import shape_of
+from dmakit.reasons import RULES, PathLog, Reason, Rule
+
+if TYPE_CHECKING:
+    from dmakit.lab.hardware import HardwareResult, Target
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One (path, reason) with everything a reader needs."""
+    """One (path, reason) with everything a reader needs; ``figures``: what was measured for its first request."""
 
     path: str
     reason: Reason
@@ -27,6 +38,7 @@ class Line:
     fast: bool
     phases: tuple[tuple[str, int], ...]
     examples: tuple[int, ...]
+    figures: str = ""
 
     @property
     def rule(self) -> Rule:
@@ -45,6 +57,7 @@ class Line:
             "source": self.rule.source or None,
             "phases": dict(self.phases),
             "examples": list(self.examples),
+            "figures": self.figures or None,
         }
 
 
@@ -70,15 +83,20 @@ class Detail:
 
 
 class Explanation:
-    """The path log of one input, grouped."""
+    """A path log, grouped. ``commands``: the request of each entry, where requests were split; ``costs``: measured."""
 
-    def __init__(self, result: StrategyResult, requests: Requests) -> None:
-        assert result.paths is not None
-        self.log = result.paths
+    def __init__(
+        self, log: PathLog, requests: Requests, commands: Sequence[int] | None = None, costs: Costs | None = None
+    ) -> None:
+        self.log = log
         self.requests = requests
+        self.costs = costs
         groups: dict[tuple[int, Reason], array[int]] = {}
-        for number, (path, reason) in self.log.requests.items():
-            groups.setdefault((path, reason), array("Q")).append(number)
+        self.first: dict[int, tuple[int, Reason]] = {}
+        for entry, taken in log.requests.items():
+            number = entry if commands is None else commands[entry]
+            groups.setdefault(taken, array("Q")).append(number)
+            self.first.setdefault(number, taken)
         self.lines = [self._line(path, reason, numbers) for (path, reason), numbers in sorted(groups.items())]
 
     def _line(self, path: int, reason: Reason, numbers: array[int]) -> Line:
@@ -86,14 +104,20 @@ class Explanation:
         for number in numbers:
             phase = self.requests.numbered(number).phase
             phases[phase] = phases.get(phase, 0) + 1
-        name = self.log.paths[path]
-        return Line(
-            name, reason, len(numbers), name in self.log.fast, tuple(sorted(phases.items())), tuple(numbers[:5])
-        )
+        name, examples = self.log.paths[path], tuple(dict.fromkeys(numbers[:5]))
+        figures = self.figures(examples[0])
+        return Line(name, reason, len(numbers), name in self.log.fast, tuple(sorted(phases.items())), examples, figures)
+
+    def figures(self, number: int) -> str:
+        """What was measured for a request whose buffer is its own memory; empty when nothing was."""
+        if self.costs is None:
+            return ""
+        layout = self.requests.numbered(number).layout
+        return str(self.costs.verdict(shape_of(layout.segments), shape_of(layout.bvecs or layout.segments)))
 
     @property
     def total(self) -> int:
-        """Requests explained."""
+        """Requests (or commands) explained."""
         return len(self.log.requests)
 
     def of_reason(self, name: str) -> list[Line]:
@@ -105,15 +129,28 @@ class Explanation:
         return found
 
     def of_request(self, number: int) -> Detail:
-        """One request; InputError when there is no such number."""
-        if number not in self.log.requests:
+        """One request (its first command); InputError when there is no such number."""
+        if number not in self.first:
             raise InputError(f"--request {number}: requests here are numbered 0 to {len(self.requests) - 1}")
-        path, reason = self.log.requests[number]
+        path, reason = self.first[number]
         line = next(x for x in self.lines if (x.path, x.reason) == (self.log.paths[path], reason))
-        return Detail(self.requests.numbered(number), line)
+        return Detail(self.requests.numbered(number), replace(line, figures=self.figures(number)))
 
 
 def explain(source: Source, options: Options, progress: Progress | None = None) -> Explanation:
     """Run the NVMe driver's decisions over the input and group what they recorded."""
     result = run_strategy("two-step", source, options, progress)
-    return Explanation(result, result.workload)
+    assert result.paths is not None
+    return Explanation(result.paths, result.workload)
+
+
+def explain_on_hardware(
+    source: Source, target: Target, progress: Progress | None = None
+) -> tuple[Explanation, HardwareResult]:
+    """Run the choice between windows and registered memory on a real controller; what it recorded, and the run."""
+    from dmakit.lab.hardware import compare_on_hardware  # the software machine needs nothing of VFIO
+
+    (result,) = compare_on_hardware(source, target, ["auto"], progress).results
+    if result.unavailable:
+        raise UnsupportedError(result.unavailable)
+    return Explanation(result.paths, result.workload, result.commands, result.costs), result

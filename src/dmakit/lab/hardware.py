@@ -6,7 +6,8 @@ gave us. What is compared:
 * *Bytes.* What a read must deliver is written to its blocks first, what a write left there is read back, both through
   *scratch*: memory of its own that stays mapped and is not measured. Statuses are not trusted, data is.
 * *Time.* The nanoseconds inside ``map`` and ``unmap``, system calls included: measured on this host, so here they do
-  rank. The first request of a strategy is not counted: it pays for what is made once.
+  rank. Medians leave the first request out, which pays for what is made once; the mean has everything in it,
+  registrations too. ``auto`` measures its costs before the first request, which is told apart (``setup``).
 * *Ledger.* Summed over the same calls. Rows that only the host's IOMMU driver could count are None.
 
 The namespace's first blocks are overwritten: one extent for every request in flight.
@@ -15,6 +16,7 @@ The namespace's first blocks are overwritten: one extent for every request in fl
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -26,14 +28,17 @@ from dmakit.block.request import Op, Request
 from dmakit.errors import DmakitError, HostError, InputError, UnsupportedError
 from dmakit.lab.pattern import Pattern, count_wrong
 from dmakit.lab.relocate import depth_of, memory_needed, moved
-from dmakit.lab.request_table import SUBMIT, IoRequest, Segments
+from dmakit.lab.request_table import SUBMIT, IoRequest, Requests, Segments
 from dmakit.lab.sources import FioSource
 from dmakit.lab.workload import Workload, overlapping
 from dmakit.ledger import ROWS
+from dmakit.nvme.auto import AutoMapper
 from dmakit.nvme.commands import Done
+from dmakit.nvme.costs import Costs
 from dmakit.nvme.driver import NvmeDriver
 from dmakit.nvme.iod import FAST_PATHS, PATHS, Iod
-from dmakit.nvme.strategies import PremapMapper, register
+from dmakit.nvme.premap import Offer, PremapMapper
+from dmakit.nvme.registration import register
 from dmakit.nvme.vfio import VfioHost
 from dmakit.platform.linux.kernel import Kernel
 from dmakit.platform.linux.machine import OBSERVED, Machine
@@ -41,7 +46,7 @@ from dmakit.platform.linux.space import HUGE_PAGE
 from dmakit.reasons import PathLog, Reason
 from dmakit.units import MIB
 
-STRATEGIES = ("page", "sg", "two-step", "premap")
+STRATEGIES = ("page", "sg", "two-step", "premap", "auto")
 _SLACK = 64 * MIB  # of memory: queues, lists, scratch
 _MOST_QUEUES, _ENTRIES = 8, 256
 _WAIT_S = 30
@@ -50,7 +55,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(slots=True)
 class HardwareResult:
-    """One strategy: ``map_ns`` and ``unmap_ns`` are medians a request; ``setup_ns`` registered the buffers (premap)."""
+    """One strategy: ``map_ns`` and ``unmap_ns`` are medians a request; ``setup_ns`` registered the buffers (premap)
+    or measured the costs (auto); ``spent_ns``: all requests, and the registrations. ``commands``: the request of each
+    command; ``choice``: what ``auto`` measured and did (``nvme.auto``)."""
 
     name: str
     requests: int = 0
@@ -61,10 +68,20 @@ class HardwareResult:
     unmap_ns: float = 0.0
     quartiles: tuple[float, float] = (0.0, 0.0)
     setup_ns: int = 0
+    spent_ns: int = 0
     buffers: int = 0
     ledger: dict[str, int | None] = field(default_factory=dict)
     paths: PathLog = field(default_factory=lambda: PathLog(PATHS, FAST_PATHS))
     unavailable: str = ""
+    workload: Requests = field(default_factory=Requests)
+    commands: array[int] = field(default_factory=lambda: array("Q"))
+    costs: Costs | None = None
+    choice: dict[str, Any] | None = None
+
+    @property
+    def mean_ns(self) -> float:
+        """A request on average, its part of the registrations included."""
+        return self.spent_ns / max(self.requests, 1)
 
     @property
     def total_ns(self) -> float:
@@ -85,7 +102,9 @@ class HardwareResult:
                 "unmap": self.unmap_ns,
                 "middle_half": list(self.quartiles),
                 "setup": self.setup_ns,
+                "mean": round(self.mean_ns, 1),
             },
+            "auto": self.choice,
             "buffers": self.buffers,
             "paths": {
                 path: {reason.name: count for reason, count in reasons.items()}
@@ -107,12 +126,19 @@ class Target:
     policy: str = "linux"
     kernel: Kernel | None = None
 
+    def describe(self) -> dict[str, object]:
+        """For reports: what a rerun needs besides the place."""
+        return {name: getattr(self, name) for name in ("nsid", "sgl", "seed", "policy")}
+
 
 class Measured:
-    """A ``nvme.strategies.Mapper`` that times another one and sums its ledger; not while ``off`` (scratch)."""
+    """A ``nvme.listed.Mapper`` that times another one and sums its ledger; not while ``off`` (scratch).
 
-    def __init__(self, mapper: Any, ledger: Any, paths: PathLog) -> None:
-        self.mapper, self.paths = mapper, paths
+    ``now``: the request that commands belong to; ``commands``: that of each command, as ``paths`` numbers them."""
+
+    def __init__(self, mapper: Any, ledger: Any, result: HardwareResult) -> None:
+        self.mapper, self.paths, self.commands = mapper, result.paths, result.commands
+        self.now = 0
         self.counts = np.asarray(ledger.counts)
         self.sums = np.zeros_like(self.counts)
         self.map_times: list[int] = []
@@ -131,7 +157,8 @@ class Measured:
         iod = self.mapper.map(request)
         self.map_times.append(time.perf_counter_ns() - started)
         self.sums += self.counts - before
-        self.paths.take(len(self.paths.requests), iod.path_name, Reason(iod.reason))
+        self.paths.take(len(self.commands), iod.path_name, Reason(iod.reason))
+        self.commands.append(self.now)
         return iod
 
     def unmap(self, iod: Iod, *, cpu: int | None = None) -> None:
@@ -155,7 +182,8 @@ class HardwareRun:
     ) -> None:
         self.host, self.driver, self.workload, self.result = host, driver, workload, result
         self.memory = host.machine.memory
-        self.timer = Measured(driver.mapper, driver.device.ledger, result.paths)
+        self.timer = Measured(driver.mapper, driver.device.ledger, result)
+        result.workload = workload.requests
         self.largest = max(layout.size for layout in workload.requests.layouts)
         self.block = driver.namespace.block_size
         self.extent = -(-self.largest // self.block)
@@ -226,6 +254,7 @@ class HardwareRun:
             self.scratch_view[: request.size] = payload
             self._scratch(Op.WRITE, lba, request.size)
         op = Op.READ if request.op == "read" else Op.WRITE
+        self.timer.now = request.number
         try:
             iods = self._submit(op, lba, request.bvecs or request.segments, request.cpu)
         except DmakitError:
@@ -263,7 +292,7 @@ class HardwareRun:
 
     def run(self, progress: Progress | None) -> None:
         """The whole schedule; results are in ``result``."""
-        undo = self._register()
+        undo = self._offer()
         self.driver.mapper = self.timer
         requests = self.workload.requests
         try:
@@ -277,22 +306,22 @@ class HardwareRun:
             self._sum_up()
         finally:
             self.driver.drain()
-            for registration in undo:
-                registration.release()
+            for offer in undo:
+                self.timer.mapper.withdraw(offer)
             self.scratch.release()
 
-    def _register(self) -> list[Any]:
-        """``premap``: every distinct buffer, and the scratch memory, once."""
+    def _offer(self) -> list[Offer]:
+        """Every distinct buffer, to a strategy that keeps memory mapped; the scratch memory is registered."""
         mapper = self.driver.mapper
         if not isinstance(mapper, PremapMapper):
             return []
-        made = [register(self.driver.device, self.scratch.ranges)]
-        started = time.perf_counter_ns()
+        made = [mapper.add(register(self.driver.device, self.scratch.ranges))]
         buffers: set[Segments] = {layout.bvecs or layout.segments for layout in self.workload.requests.layouts}
-        made += [register(self.driver.device, parts) for parts in sorted(buffers)]
+        started = time.perf_counter_ns()
+        made += [mapper.offer(parts) for parts in sorted(buffers)]
+        if isinstance(mapper, AutoMapper):
+            self.result.costs = mapper.measured()
         self.result.setup_ns, self.result.buffers = time.perf_counter_ns() - started, len(buffers)
-        for registration in made:
-            mapper.add(registration)
         return made
 
     def _sum_up(self) -> None:
@@ -303,6 +332,11 @@ class HardwareRun:
                 commands = len(times) / max(result.requests, 1)  # a request may be split
                 both[row] = np.percentile(times[1:] or times, (25, 50, 75)) * commands
         result.map_ns, result.unmap_ns = float(both[0, 1]), float(both[1, 1])
+        mapper = timer.mapper
+        premapped = not isinstance(mapper, AutoMapper) and isinstance(mapper, PremapMapper)
+        result.spent_ns = sum(timer.map_times) + sum(timer.unmap_times) + (result.setup_ns if premapped else 0)
+        if isinstance(mapper, AutoMapper):
+            result.choice = {name: value for name, value in mapper.report().items() if name != "requests"}  # see paths
         result.quartiles = float(both[:, 0].sum()), float(both[:, 2].sum())
         result.ledger = {row.name: int(timer.sums[row.index]) if row.name in OBSERVED else None for row in ROWS}
 
@@ -353,7 +387,7 @@ class HardwareComparison:
             "platform": f"vfio:{self.target.bdf}",
             "backend": self.backend,
             "controller": self.controller,
-            "options": {name: getattr(self.target, name) for name in ("nsid", "sgl", "seed", "policy")},
+            "options": self.target.describe(),
             "break_even_uses": self.break_even(),
             "choice": self.choice(),
             "notes": self.notes,

@@ -21,6 +21,7 @@ COLUMNS = (
     "unmap us",
     "both us",
     "spread",
+    "mean us",
 )
 NARROW = {
     "host maps": "host\nmaps",
@@ -30,6 +31,7 @@ NARROW = {
     "map us": "map\nus",
     "unmap us": "unmap\nus",
     "both us": "both\nus",
+    "mean us": "mean\nus",
 }
 
 
@@ -47,10 +49,11 @@ def row_of(result: HardwareResult) -> list[str]:
         "/".join(each(f"iova_{kind}") for kind in ("magazine", "depot", "tree")),
         each("descriptors"),
         each("bookkeeping_bytes"),
-        f"{result.map_ns / 1000:.1f}",
-        f"{result.unmap_ns / 1000:.1f}",
-        f"{result.total_ns / 1000:.1f}",
-        "-".join(f"{value / 1000:.1f}" for value in result.quartiles),
+        number(result.map_ns / 1000),
+        number(result.unmap_ns / 1000),
+        number(result.total_ns / 1000),
+        "-".join(number(value / 1000) for value in result.quartiles),
+        number(result.mean_ns / 1000),
     ]
 
 
@@ -85,7 +88,8 @@ def print_hardware(comparison: HardwareComparison) -> None:
     for result in comparison.results:
         if result.unavailable:
             say(out, f"{result.name}: not run: {result.unavailable}", style="dim")
-    say(out, "maps, unmaps: system calls. both: map + unmap of a request, us; spread: its middle half.", style="dim")
+    say(out, "maps, unmaps: system calls. both: map + unmap of a request, us; spread: its middle half; mean: of all "
+        "requests, registrations included.", style="dim")  # fmt: skip
     out.print("\npaths taken (! = not a fast path)")
     for line in path_lines(comparison):
         say(out, line)
@@ -99,6 +103,9 @@ def _takeaways(comparison: HardwareComparison, ran: list[HardwareResult]) -> Non
         if result.failed:
             out.print(f"{result.name}: {result.failed} requests failed")
     say(out, comparison.choice())
+    for result in ran:
+        if result.costs is not None:
+            say(out, f"auto: {result.costs}")
     core = _core.status()["running"]
     say(out, f"measured with the {core} core; the first request of a strategy is left out", style="dim")
     for note in comparison.notes:

@@ -215,6 +215,8 @@ def print_explanation(lines: list[Line], total: int, *, examples: bool = False) 
         head = f": {line.reason.name}  {line.count} of {total} requests{f' ({phases})' if phases else ''}, {kind}: "
         fast = "" if line.fast else f"; to be fast: {line.rule.remedy}"
         out.print(Text.assemble((line.path, "bold"), head, line.rule.text, fast), soft_wrap=not out.is_terminal)
+        if line.figures:
+            say(out, f"    request {line.examples[0]}: {line.figures}")
         if examples:
             say(out, f"    requests: {', '.join(map(str, line.examples))} … (--request N)")
             say(out, f"    source: {line.rule.source or 'a choice of the strategy'}", style="dim")

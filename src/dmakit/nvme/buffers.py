@@ -2,8 +2,8 @@
 
 ``view`` is the memory itself, bytes as a flat ``memoryview``; NumPy takes it as it is (``numpy.frombuffer(buffer.view,
 dtype)``, or ``array``). With the ``premap`` strategy a buffer is registered with the IOMMU when it is made and until it
-is freed; with the others each request maps what it uses. A buffer may be freed only when nothing is in flight on it,
-which ``Controller`` sees to: it counts (``busy``).
+is freed, with ``auto`` when that is worth it or its ``address`` is asked for; with the others each request maps what it
+uses. A buffer may be freed only when nothing is in flight on it, which ``Controller`` sees to: it counts (``busy``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from dmakit.errors import MisuseError
-from dmakit.nvme.strategies import Registration
+from dmakit.nvme.premap import Offer
 
 
 class HostMemory(Protocol):
@@ -30,19 +30,19 @@ class HostMemory(Protocol):
 
 
 class DmaBuffer:
-    """``size`` bytes; ``registration`` is there while a strategy keeps them mapped."""
+    """``size`` bytes; ``offer``: how a strategy that keeps memory mapped knows them."""
 
     def __init__(
         self,
         memory: HostMemory,
         view: memoryview,
-        registration: Registration | None,
+        offer: Offer | None,
         release: Callable[[DmaBuffer], None],
     ) -> None:
         self.memory = memory
         self.view = view
         self.size = memory.size
-        self.registration = registration
+        self.offer = offer
         self.busy = 0
         self._release = release
         self._live = True
@@ -57,11 +57,11 @@ class DmaBuffer:
         return self.memory.slices(offset, n)
 
     def address(self, offset: int = 0) -> int:
-        """The device address of a byte; MisuseError when the buffer is not registered."""
-        if self.registration is None:
-            raise MisuseError("buffer: not registered (the strategy is not premap), so it has no device address")
+        """The device address of a byte, good until the buffer is freed; MisuseError when it cannot be registered."""
+        if self.offer is None:
+            raise MisuseError("buffer: the strategy registers nothing (premap and auto do): it has no device address")
         ((phys, _),) = self.pieces(offset, 1)
-        return self.registration.address(phys)
+        return self.offer.address(phys)
 
     def array(self, dtype: Any = "u1") -> Any:
         """The memory as a NumPy array, without a copy."""

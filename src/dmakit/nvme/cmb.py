@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from dmakit.errors import MisuseError, UnsupportedError
 from dmakit.nvme.registers import Capabilities, failure
+from dmakit.nvme.registration import Registration
 from dmakit.nvme.spec import CMBMSC_CMSE, CMBMSC_CRE, CMBSZ_RDS, CMBSZ_WDS, Reg
-from dmakit.nvme.strategies import Registration
 from dmakit.nvme.transport import Transport
 
 _BAD_ADDRESS = 1  # CMBSTS.CBAI

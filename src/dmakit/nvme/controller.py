@@ -32,9 +32,9 @@ from dmakit.nvme.driver import NvmeDriver
 from dmakit.nvme.handle import Namespace
 from dmakit.nvme.identify import ControllerFacts
 from dmakit.nvme.operation import Operation
+from dmakit.nvme.premap import PremapMapper
 from dmakit.nvme.registers import describe, snapshot
 from dmakit.nvme.software import Host, SoftHost
-from dmakit.nvme.strategies import PremapMapper, register
 
 if TYPE_CHECKING:
     from dmakit.nvme.aio import AsyncController
@@ -67,7 +67,7 @@ class Controller:
         *,
         queues: int = 1,
         depth: int = DEPTH,
-        strategy: str = "premap",
+        strategy: str | None = None,
         use_sgl: bool = True,
         timeout: float = 30.0,
         record: bool = False,
@@ -75,9 +75,11 @@ class Controller:
     ) -> Controller:
         """Open ``"soft"`` (a software machine with a controller model) or a PCI address (VFIO) and bring it up.
 
-        ``queues`` I/O queue pairs of ``depth`` commands; ``strategy``: how memory is mapped (``premap``, ``two-step``,
-        ``page``, ``sg``); ``use_sgl``: SGLs where the controller has them; ``timeout``: seconds for a command;
-        ``record``: keep each request's path; further options are the host's (``software.SoftHost``, ``vfio.VfioHost``).
+        ``queues`` I/O queue pairs of ``depth`` commands; ``strategy``: how memory is mapped (``nvme.strategies``; None:
+        ``auto`` on VFIO, where a mapping is a system call; ``premap`` on the software machine, whose runs must not
+        depend on how fast our own code is); ``use_sgl``: SGLs where the controller has them; ``timeout``: seconds for a
+        command; ``record``: keep each request's path; further options are the host's (``software.SoftHost``,
+        ``vfio.VfioHost``).
         """
         if depth < 1:
             raise MisuseError(f"depth={depth}: at least one command")
@@ -92,7 +94,7 @@ class Controller:
             made,
             queues=queues,
             entries=depth + 1,
-            strategy=strategy,
+            strategy=strategy or ("premap" if where == "soft" else "auto"),
             use_sgl=use_sgl,
             timeout_ns=int(timeout * 1e9),
             record=record,
@@ -118,24 +120,23 @@ class Controller:
     # Memory -------------------------------------------------------------------------------------------------
 
     def buffer(self, size: int) -> DmaBuffer:
-        """Memory that I/O uses in place; registered with the IOMMU when the strategy is ``premap``."""
+        """Memory that I/O uses in place; ``premap`` registers it now, ``auto`` when that is worth it."""
         self._check()
         memory, view = self.host.memory(size)
-        registration = None
+        offer = None
         mapper = self.driver.mapper
         if isinstance(mapper, PremapMapper):
             try:
-                registration = register(self.driver.device, memory.slices(0, size))
+                offer = mapper.offer(memory.slices(0, size))
             except DmakitError:
                 memory.release()
                 raise
-            mapper.add(registration)
-        buffer = DmaBuffer(memory, view, registration, self._forget)
+        buffer = DmaBuffer(memory, view, offer, self._forget)
         self.buffers.add(buffer)
         return buffer
 
     def memory_buffer(self) -> DmaBuffer:
-        """The controller's own memory (CMB) as a buffer: I/O on it stays inside the controller. ``premap`` only.
+        """The controller's own memory (CMB) as a buffer: I/O on it stays inside. Strategies ``premap`` and ``auto``.
 
         UnsupportedError when there is none. Free it before another is made; a reset switches it off: free it then.
         """
@@ -144,20 +145,18 @@ class Controller:
         if not isinstance(mapper, PremapMapper):
             raise UnsupportedError(f"memory buffer: is registered memory, and the strategy is {self.driver.strategy}")
         memory, registration = enable(transport, locate(transport, self.driver.started().capabilities))
-        mapper.add(registration)
+        offer = mapper.add(registration)
         ((start, size),) = memory.ranges
         view = memoryview(self.driver.device.memory.data)[start : start + size]
-        buffer = DmaBuffer(memory, view, registration, self._forget)
+        buffer = DmaBuffer(memory, view, offer, self._forget)
         self.buffers.add(buffer)
         return buffer
 
     def _forget(self, buffer: DmaBuffer) -> None:
         self.buffers.discard(buffer)
         mapper = self.driver.mapper
-        if buffer.registration is not None:
-            if isinstance(mapper, PremapMapper):
-                mapper.remove(buffer.registration)
-            buffer.registration.release()
+        if buffer.offer is not None and isinstance(mapper, PremapMapper):
+            mapper.withdraw(buffer.offer)
         with suppress(BufferError):  # somebody still holds a part of it: that stays his business
             buffer.view.release()
         buffer.memory.release()

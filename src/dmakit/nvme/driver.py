@@ -28,13 +28,14 @@ from dmakit.nvme.admin_driver import ADMIN_TIMEOUT_NS, AdminDriver, CommandFaile
 from dmakit.nvme.commands import Done, Flight, blk_status_of, build
 from dmakit.nvme.identify import ControllerFacts, NamespaceFacts
 from dmakit.nvme.iod import FAST_PATHS, PATHS, Iod
+from dmakit.nvme.listed import Mapper
 from dmakit.nvme.mapping import SGL_THRESHOLD, RequestMapper
 from dmakit.nvme.phases import PhaseCosts
 from dmakit.nvme.pool import LARGE_BYTES, SMALL_BYTES, DescriptorPool
 from dmakit.nvme.recovery import Recovery
 from dmakit.nvme.rings import Owner, QueuePair
 from dmakit.nvme.spec import SGLS_BYTE, SGLS_DWORD, SGLS_METADATA_SGL, Status
-from dmakit.nvme.strategies import STRATEGIES, Mapper
+from dmakit.nvme.strategies import STRATEGIES
 from dmakit.nvme.transport import Transport
 from dmakit.reasons import PathLog, Reason
 

@@ -14,16 +14,18 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from random import Random
 from typing import Any
 
 from dmakit.block.request import Op
 from dmakit.errors import DmakitError, InputError
+from dmakit.nvme.auto import AutoMapper
 from dmakit.nvme.batch import pointers
 from dmakit.nvme.buffers import DmaBuffer
 from dmakit.nvme.commands import Done
 from dmakit.nvme.controller import Controller
+from dmakit.nvme.registration import shape_of
 
 PAGE = 4096
 MAX_IO = 512 << 10
@@ -45,7 +47,7 @@ class Mismatch:
 
 @dataclass
 class Verified:
-    """What ``verify`` did and found."""
+    """What ``verify`` did and found; ``auto``: what that strategy measured and chose."""
 
     controller: str
     nsid: int
@@ -62,6 +64,7 @@ class Verified:
     extents: int = 0
     max_in_flight: int = 0
     resets: int = 0
+    auto: dict[str, Any] | None = None
     failed: list[str] = field(default_factory=list)
     mismatches: list[Mismatch] = field(default_factory=list)
 
@@ -171,6 +174,7 @@ class Verifier:
                 self.controller.namespaces[self.space.nsid].flush()
             self._pass(Op.READ)
             self.report.resets = self.driver.recovery.resets
+            self.report.auto = self.driver.mapper.report() if isinstance(self.driver.mapper, AutoMapper) else None
             return self.report
         finally:
             if not self.driver.in_flight:
@@ -265,7 +269,8 @@ class _Out:
 
 @dataclass
 class Measured:
-    """What ``perf`` measured. Times in ns; ``software_ns``: of this thread, in submit and complete, an I/O."""
+    """What ``perf`` measured. Times in ns; ``software_ns``: of this thread, in submit and complete, an I/O;
+    ``verdict``: what ``auto`` would do with such I/O (``costs.Verdict``), were its addresses not asked for."""
 
     controller: str
     nsid: int
@@ -282,6 +287,8 @@ class Measured:
     latency_p99: float
     latency_max: float
     software_ns: float
+    strategy: str = ""
+    verdict: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -314,7 +321,15 @@ def perf(
             took = runner.run(seconds, progress)
         finally:
             runner.drain()
-    return runner.measured(controller.name, nsid, took)
+    found = runner.measured(controller.name, nsid, took)
+    return replace(found, strategy=controller.driver.strategy, verdict=_verdict(controller, size, depth * stride))
+
+
+def _verdict(controller: Controller, size: int, whole: int) -> str:
+    """Of ``auto``, for I/O of ``size`` bytes on a buffer of ``whole``; empty with another strategy."""
+    mapper = controller.driver.mapper
+    costs = mapper.measured() if isinstance(mapper, AutoMapper) else None
+    return "" if costs is None else str(costs.verdict(shape_of([(0, size)]), shape_of([(0, whole)])))
 
 
 class _Runner:
