@@ -11,6 +11,8 @@ import pytest
 from dmakit.errors import MisuseError
 from tests.dma.world import PAGE, world
 
+pytestmark = pytest.mark.portable
+
 BAD: list[tuple[str, Callable[[Any, Any], object]]] = [
     ("map_phys: ['x', +1): must be a non-empty range of 64-bit addresses", lambda d, s: d.map_phys("x", 1, 1)),
     ("map_phys: [1.5, +1): must be a non-empty range of 64-bit addresses", lambda d, s: d.map_phys(1.5, 1, 1)),

@@ -11,6 +11,8 @@ from dmakit.dma.direction import Direction
 from dmakit.errors import ExhaustedError, MisuseError
 from tests.dma.world import PAGE, Counted, world
 
+pytestmark = pytest.mark.portable
+
 TO = Direction.TO_DEVICE
 COUNT = 16
 

@@ -8,6 +8,8 @@ from dmakit.dma.direction import Attrs, Direction
 from dmakit.errors import ExhaustedError, MisuseError, UnsupportedError
 from tests.dma.world import PAGE, Counted, pattern, world
 
+pytestmark = pytest.mark.portable
+
 KINDS = [{"mode": "strict"}, {"mode": "lazy"}, {"iommu": "x86"}, {"iommu": "none"}, {"mode": "passthrough"}]
 
 

@@ -14,7 +14,9 @@ from dmakit.dma.direction import Attrs, Direction
 from dmakit.dma.iova_state import IovaState
 from dmakit.errors import DmakitError, ExhaustedError, MisuseError, UnsupportedError
 from dmakit.platform.soft import Machine
-from tests.dma.world import PAGE, Counted, world
+from tests.dma.world import PAGE, Counted, examples, leaves, world
+
+pytestmark = pytest.mark.portable
 
 TO = Direction.TO_DEVICE
 MIB = 1 << 20
@@ -52,13 +54,13 @@ def outcome(machine: Machine, device: Device, phys: Any, sizes: Any, way: str, *
                 addr, word = state.addr, state.size_word
         except DmakitError as error:
             return type(error), str(error), error.errno, machine.live(), spent
-        leaves = device.domain.table.leaves(addr & ~(PAGE - 1), sum(sizes) + PAGE)
+        held = leaves(device, addr & ~(PAGE - 1), sum(sizes) + PAGE)
         if way == "batch":
             device.unmap_windows(states, direction, attrs)
             assert list(states) == [0, 0]
         else:
             state.destroy(sum(sizes), direction, attrs)
-    return addr, word, leaves, machine.live(), spent
+    return addr, word, held, machine.live(), spent
 
 
 @pytest.mark.parametrize("iommu", ["vtd", "x86"])
@@ -74,7 +76,11 @@ def test_scattered_pages_cost_what_the_single_calls_cost(iommu: str, mode: str) 
     assert results[0][0][4]["pte_set_1"] >= 32
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(60),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+)
 @given(
     pieces=st.lists(
         st.tuples(
@@ -120,7 +126,8 @@ def test_events_are_those_of_the_single_calls() -> None:
 
 def test_a_batch_is_all_or_nothing() -> None:
     machine, device = world()
-    phys, sizes = array("Q", [i * PAGE for i in range(16, 24)]), array("Q", [PAGE] * 8)
+    first = machine.buffer(8 * PAGE, order=3).ranges[0][0]
+    phys, sizes = array("Q", [first + i * PAGE for i in range(8)]), array("Q", [PAGE] * 8)
     states = array("Q", bytes(8 * 8))
     sizes[5] = 100
     with pytest.raises(MisuseError):
@@ -166,9 +173,10 @@ def test_a_device_without_an_iommu_has_no_windows() -> None:
 
 def test_a_window_of_one_call_undoes_itself() -> None:
     machine, device = world()
-    with device.map_window(array("Q", [PAGE, 9 * PAGE]), array("Q", [PAGE, PAGE]), TO) as state:
+    pages = [machine.pages.alloc(), machine.pages.alloc()]
+    with device.map_window(array("Q", pages), array("Q", [PAGE, PAGE]), TO) as state:
         assert state.pieces == [(0, 2 * PAGE, TO, 0)]
-        assert [device.iova_to_phys(state.addr + at) for at in (0, PAGE)] == [PAGE, 9 * PAGE]
+        assert [device.iova_to_phys(state.addr + at) for at in (0, PAGE)] == pages
         with pytest.raises(MisuseError, match="live mappings"):
             device.release()
     assert machine.live()["iova_ranges"] == 0

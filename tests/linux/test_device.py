@@ -190,6 +190,17 @@ def test_closing_keeps_the_order_and_a_killed_process_leaves_nothing() -> None:
         made.close()
 
 
+def test_slices_of_registers_that_somebody_holds_do_not_keep_the_device() -> None:
+    fake = mapped_host()
+    with machine("type1", fake) as made:
+        device = made.open("0000:00:07.0")
+        held = device.bar(2).words()[2:4]
+        device.bar(2).write32(8, 7)
+        assert held[0] == 7
+    assert fake.left() == {"files": 0, "pinned": 0}
+    assert list(held) == [0, 0]  # fresh memory, not registers
+
+
 def test_an_exception_inside_closes_in_order() -> None:
     fake, made, device = taken()
     with pytest.raises(KeyboardInterrupt), made, device:

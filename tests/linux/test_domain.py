@@ -475,3 +475,19 @@ def test_control_c_in_a_mapping_is_delivered_after_it(backend: str, monkeypatch:
         monkeypatch.undo()
         addr = device.dma.map_phys(*buffer.ranges[0], BOTH)
         device.dma.unmap_phys(addr, PAGE, BOTH)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_undo_that_the_kernel_refuses_does_not_hide_why_the_link_failed(backend: str) -> None:
+    fake, made, device = taken(backend)
+    with made:
+        phys = made.buffer(PAGE).ranges[0][0]
+        device.dma.unmap_phys(device.dma.map_phys(phys, PAGE, TO), PAGE, TO)  # staged from here on
+        calls = len(fake.calls)
+        with pytest.raises(MisuseError) as caught:
+            device.dma.map_window(np.array([phys, 0], np.uint64), np.array([PAGE, PAGE], np.uint64), TO)
+        assert str(caught.value) == "phys=0x0: no memory of this machine lies there" and len(fake.calls) == calls + 2
+        made.fail.arm(1)  # map, and the unmap that takes it back
+        with pytest.raises(MisuseError) as again:
+            device.dma.map_window(np.array([phys, 0], np.uint64), np.array([PAGE, PAGE], np.uint64), TO)
+        assert made.fail.fired and str(again.value) == str(caught.value)

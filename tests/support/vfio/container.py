@@ -54,7 +54,7 @@ class ContainerFile(File):
 
     def vfio_iommu_get_info(self, f: Any, data: bytearray) -> None:
         space = self._set()
-        f.flags, f.iova_pgsizes = 3, PAGE
+        f.flags, f.iova_pgsizes = 3, PAGE | 2 << 20 | 1 << 30
         spans = b"".join(struct.pack("=QQ", *span) for span in space.ranges)
         first = struct.pack("=HHIII", 1, 1, 24 + 16 + len(spans), len(space.ranges), 0) + spans
         caps = first + struct.pack("=HHII", 3, 1, 0, self.limit - len(space.areas))

@@ -116,7 +116,7 @@ class HostDomain(Domain):
         return self.shadow.count
 
     def refresh(self) -> list[tuple[int, int]]:
-        """Ask the kernel again which IOVAs it allows (first, last): after every attach and detach."""
+        """Ask the kernel again which IOVAs it allows (first, last), and which pages: after every attach and detach."""
         self.ranges = self.backend.ranges()
         gaps: list[tuple[int, int]] = []
         at = 0
@@ -127,6 +127,7 @@ class HostDomain(Domain):
         self.aperture_end = max(at - 1, 0)
         self.low, self.high = 1, 0
         self.capabilities = replace(self.capabilities, dirty=bool(self.backend.dirty))
+        self.page_sizes = self.backend.page_sizes  # type1 knows them when a group has brought its IOMMU
         self.reserved = tuple(gaps)
         return self.ranges
 
@@ -295,8 +296,7 @@ class HostDomain(Domain):
             self.backend.unmap(int(iova), int(size))
         except DmakitError as refusal:
             if refusal.errno != ENOENT:
-                self.failure = refusal
-                return 0
+                return 0  # ``failure`` stays what made the map before it fail
         except BaseException as stop:
             self._put_off(stop)
             self._unmap_unnoted(int(iova), int(size))

@@ -10,6 +10,7 @@ Source: ``include/uapi/linux/vfio.h`` (vfio_region_info), PCI Local Bus 3.0 (con
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from dmakit.consts import PAGE_SIZE
@@ -74,10 +75,11 @@ class Region:
                 self._views = {width: whole.cast("B").cast(code) for width, code in _CODES.items()}
 
     def unmap(self, space: SourceSpace) -> None:
-        """Undo ``map``; accesses through the file keep working."""
+        """Undo ``map``; accesses through the file keep working. What a caller still holds is memory then."""
         if self.memory is not None:
             for view in self._views.values():
-                view.release()
+                with contextlib.suppress(BufferError):
+                    view.release()
             self._views = {}
             space.remove(self.memory)
             self.memory = None
