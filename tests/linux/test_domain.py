@@ -356,8 +356,14 @@ def test_hardware_dirty_tracking() -> None:
         fake.devices[EDU].dma_write(BASE + 10 * PAGE, b"x")
         assert domain.read_and_clear_dirty(BASE, 16 * PAGE, coarse, page_size=4 * PAGE) == 1 and bits(coarse) == [2]
         assert domain.read_and_clear_dirty(BASE, 16 * PAGE, coarse) == 0
-        with pytest.raises(MisuseError, match="page_size=12288: must be a power of two that divides iova and size"):
+        with pytest.raises(MisuseError, match="page_size=12288: must be a power of two from 4096"):
             domain.read_and_clear_dirty(BASE, 12 * PAGE, coarse, page_size=3 * PAGE)
+        with pytest.raises(MisuseError, match=r"^bitmap of 64 bits: 65 pages need as many bits$"):
+            domain.read_and_clear_dirty(BASE, 65 * PAGE, coarse)
+        with pytest.raises(MisuseError, match=r"^flags=0x6: the only flag is 0x1 \(no clear\)$"):
+            domain.read_and_clear_dirty(BASE, PAGE, coarse, flags=6)
+        fake.devices[EDU].dma_write(BASE + 11 * PAGE, b"x")
+        assert domain.read_and_clear_dirty(BASE, 16 * PAGE, None) == 1  # counted, not recorded
         domain.set_dirty_tracking(False)
         with pytest.raises(MisuseError, match="dirty tracking is off; call set_dirty_tracking"):
             domain.read_and_clear_dirty(BASE, PAGE, coarse)

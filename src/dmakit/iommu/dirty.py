@@ -33,6 +33,30 @@ else:
     from dmakit.iommu.pagetable import PageTable, level_shift
 
 
+def _checked_scan(
+    iova: SupportsIndex, size: SupportsIndex, bitmap: object, page_size: SupportsIndex, flags: SupportsIndex, top: int
+) -> tuple[int, int, memoryview[int] | None, int, int]:
+    """The arguments of a scan as exact integers and 64-bit words; MisuseError names the broken rule.
+
+    [iova, iova + size) must end at or below ``top`` (inclusive) and be whole pages of ``page_size`` (a power of two
+    from 4096), with a bit for each of them in ``bitmap`` (uint64 array; None stays None); the only flag is
+    ``DIRTY_NO_CLEAR``.
+    """
+    start, length, page, bits = index(iova), index(size), index(page_size), index(flags)
+    if page < PAGE_SIZE or page & (page - 1):
+        raise MisuseError(f"page_size={page}: must be a power of two from {PAGE_SIZE}")
+    if start < 0 or length <= 0 or start % page or length % page:
+        raise MisuseError(f"iova={start:#x}, size={length:#x}: must be multiples of page_size={page:#x}, size above 0")
+    if start + length - 1 > top:
+        raise MisuseError(f"[{start:#x}, {start + length:#x}): ends above the aperture {top:#x}", 34)
+    marks = None if bitmap is None else words("bitmap", bitmap, writable=True)
+    if marks is not None and len(marks) * 64 < length // page:
+        raise MisuseError(f"bitmap of {len(marks) * 64} bits: {length // page} pages need as many bits")
+    if bits & ~DIRTY_NO_CLEAR:
+        raise MisuseError(f"flags={bits:#x}: the only flag is {DIRTY_NO_CLEAR:#x} (no clear)")
+    return start, length, marks, page, bits
+
+
 @cython.cclass
 class LeafBitScan:
     """One scan of [iova, iova + size); ``found`` counts the leaves whose bit was set.
@@ -56,29 +80,16 @@ class LeafBitScan:
         bit = table.fmt.accessed_bit if accessed else table.fmt.dirty_bit
         if bit == 0:
             raise UnsupportedError(f"{table.fmt.name} leaves have no {'accessed' if accessed else 'dirty'} bit")
-        iova, size, page_size, flags = index(iova), index(size), index(page_size), index(flags)
-        if page_size < PAGE_SIZE or page_size & (page_size - 1):
-            raise MisuseError(f"page_size={page_size}: must be a power of two from {PAGE_SIZE}")
-        if iova < 0 or size <= 0 or iova % page_size or size % page_size:
-            raise MisuseError(
-                f"iova={iova:#x}, size={size:#x}: must be multiples of page_size={page_size:#x}, size above 0"
-            )
-        if iova + size - 1 > table.aperture_last:
-            raise MisuseError(f"[{iova:#x}, {iova + size:#x}): ends above the aperture {table.aperture_last:#x}", 34)
-        marks = zeroed("Q", 0) if bitmap is None else words("bitmap", bitmap, writable=True)
-        if bitmap is not None and len(marks) * 64 < size // page_size:
-            raise MisuseError(f"bitmap of {len(marks) * 64} bits: {size // page_size} pages need as many bits")
-        if flags & ~DIRTY_NO_CLEAR:
-            raise MisuseError(f"flags={flags:#x}: the only flag is {DIRTY_NO_CLEAR:#x} (no clear)")
+        start, length, marks, page, bits = _checked_scan(iova, size, bitmap, page_size, flags, int(table.aperture_last))
         self.table = table
         self.gather = gather
-        self.bitmap = marks
-        self.record = bitmap is not None
+        self.bitmap = zeroed("Q", 0) if marks is None else marks
+        self.record = marks is not None
         self.bit = bit
-        self.origin = iova
-        self.last = iova + size - 1
-        self.page_shift = page_size.bit_length() - 1
-        self.clear = not flags & DIRTY_NO_CLEAR
+        self.origin = start
+        self.last = start + length - 1
+        self.page_shift = page.bit_length() - 1
+        self.clear = not bits & DIRTY_NO_CLEAR
         self.found = 0
 
     def run(self) -> int:

@@ -22,11 +22,11 @@ Errnos of ``_map`` are those of Linux 7.2: -EINVAL (no permission, size 0), -ERA
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import cython
 
-from dmakit.errors import DmakitError, ExhaustedError, MisuseError, UnsupportedError
+from dmakit.errors import DmakitError, ExhaustedError, MisuseError
 from dmakit.iommu.dirty import LeafBitScan
 from dmakit.iommu.protocol import Capabilities
 from dmakit.iommu.space import checked_reserved
@@ -190,41 +190,22 @@ class PageTableDomain(Domain):
 
     # dirty tracking ----------------------------------------------------------------------------------------------
 
-    def set_dirty_tracking(self, on: bool, *, cpu: SupportsIndex = 0) -> None:
-        """Switch hardware dirty tracking; switching on starts with every page clean. UnsupportedError: wrong format."""
-        self._need_dirty()
-        self.unit.set_dirty_tracking(int(self.did), on, cpu=self._on_cpu(cpu))
+    def _untracked(self) -> str:
+        return f"{self.table.fmt.name} tables do not track dirty pages; vtdss (second stage) tables do"
+
+    def _set_dirty(self, on: bool, cpu: int) -> None:
+        self.unit.set_dirty_tracking(int(self.did), on, cpu=cpu)
         if on and not self.dirty_tracking:
             gather = Gather()
             LeafBitScan(self.table, 0, int(self.aperture_end) + 1, None, gather).run()
-            self._invalidate(gather, CAUSE_OTHER, self._on_cpu(cpu))
-        self.dirty_tracking = on
+            self._invalidate(gather, CAUSE_OTHER, cpu)
 
-    def read_and_clear_dirty(
-        self,
-        iova: SupportsIndex,
-        size: SupportsIndex,
-        bitmap: object,
-        *,
-        page_size: SupportsIndex = PAGE_SIZE,
-        flags: SupportsIndex = 0,
-        cpu: SupportsIndex = 0,
-    ) -> int:
-        """OR the dirty pages of [iova, iova + size) into ``bitmap`` (uint64 array, bit i = page i of ``page_size``).
-
-        Clears the D bits and invalidates, unless ``flags`` is ``DIRTY_NO_CLEAR``. The number of dirty leaves.
-        """
-        self._need_dirty()
+    def _read_dirty(self, iova: int, size: int, bitmap: Any, page_size: int, flags: int, cpu: int) -> int:
+        """Clears the D bits and invalidates. The number of dirty leaves."""
         gather = Gather()
         found = LeafBitScan(self.table, iova, size, bitmap, gather, page_size=page_size, flags=flags).run()
-        self._invalidate(gather, CAUSE_OTHER, self._on_cpu(cpu))
+        self._invalidate(gather, CAUSE_OTHER, cpu)
         return found
-
-    def _need_dirty(self) -> None:
-        if not self.table.fmt.dirty_tracking:
-            raise UnsupportedError(
-                f"{self.table.fmt.name} tables do not track dirty pages; vtdss (second stage) tables do"
-            )
 
     def detach(self, *, cpu: SupportsIndex = 0) -> None:
         """Give up the domain id and free every table; a second call does nothing."""

@@ -20,11 +20,12 @@ Models the calls of ``struct iommu_domain_ops``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import cython
 
 from dmakit.errors import DmakitError, MisuseError, UnsupportedError
+from dmakit.iommu.dirty import _checked_scan
 from dmakit.iommu.protocol import Capabilities
 from dmakit.iova.arguments import pairs, within
 
@@ -152,18 +153,14 @@ class Domain(FlushTarget):
         """The physical address that ``iova`` translates to, 0 when nothing is mapped there."""
         return self._iova_to_phys(_word("iova", iova, 0, _TOP))
 
-    # for an implementation ---------------------------------------------------------------------------------------
-
-    def map_error(self, error: int, iova: int, phys: int, size: int, prot: int) -> DmakitError:
-        """The exception that belongs to a failed map; ``error`` is a positive errno."""
-        what = f"map [{iova:#x}, {iova + size:#x}) to {phys:#x}"
-        if error == EOPNOTSUPP:
-            return UnsupportedError(f"{what}: nothing can be mapped in this domain", error)
-        return MisuseError(f"{what}: refused (errno {error})", error)
-
     def set_dirty_tracking(self, on: bool, *, cpu: SupportsIndex = 0) -> None:
-        """Switch dirty tracking; UnsupportedError where ``capabilities.dirty`` is false."""
-        raise UnsupportedError("this domain does not track dirty pages")
+        """Switch dirty tracking; UnsupportedError where ``capabilities.dirty`` is false.
+
+        Switching on starts with every page clean, where it is hardware that tracks.
+        """
+        self._need_dirty()
+        self._set_dirty(on, self._on_cpu(cpu))
+        self.dirty_tracking = on
 
     def read_and_clear_dirty(
         self,
@@ -175,8 +172,40 @@ class Domain(FlushTarget):
         flags: SupportsIndex = 0,
         cpu: SupportsIndex = 0,
     ) -> int:
-        """OR the dirty pages of the range into ``bitmap``; UnsupportedError where ``capabilities.dirty`` is false."""
-        raise UnsupportedError("this domain does not track dirty pages")
+        """OR the dirty pages of [iova, iova + size) into ``bitmap`` (uint64 array, bit i = page i of ``page_size``).
+
+        What is reported is clean afterwards, unless ``flags`` is ``DIRTY_NO_CLEAR``. Returns how many were found:
+        leaves of our own tables, bits set anew where a host reports. Errors: those of ``LeafBitScan``; UnsupportedError
+        where ``capabilities.dirty`` is false.
+        """
+        self._need_dirty()
+        start, length, marks, unit, bits = _checked_scan(iova, size, bitmap, page_size, flags, int(self.aperture_end))
+        found: int = self._read_dirty(start, length, marks, unit, bits, self._on_cpu(cpu))
+        return found
+
+    # for an implementation ---------------------------------------------------------------------------------------
+
+    def map_error(self, error: int, iova: int, phys: int, size: int, prot: int) -> DmakitError:
+        """The exception that belongs to a failed map; ``error`` is a positive errno."""
+        what = f"map [{iova:#x}, {iova + size:#x}) to {phys:#x}"
+        if error == EOPNOTSUPP:
+            return UnsupportedError(f"{what}: nothing can be mapped in this domain", error)
+        return MisuseError(f"{what}: refused (errno {error})", error)
+
+    def _need_dirty(self) -> None:
+        if not self.capabilities.dirty:
+            raise UnsupportedError(self._untracked())
+
+    def _untracked(self) -> str:
+        """Why ``capabilities.dirty`` is false, and what would do."""
+        return "this domain does not track dirty pages"
+
+    def _set_dirty(self, on: bool, cpu: int) -> None:
+        """Switch tracking, which this domain has."""
+
+    def _read_dirty(self, iova: int, size: int, bitmap: Any, page_size: int, flags: int, cpu: int) -> int:
+        """See ``read_and_clear_dirty``; the arguments are checked. ``bitmap`` None: only count."""
+        return 0
 
     def detach(self, *, cpu: SupportsIndex = 0) -> None:
         """Give up the domain; a second call does nothing."""

@@ -24,9 +24,9 @@ from typing import Any, SupportsIndex
 
 import cython
 
-from dmakit.errors import DmakitError, ExhaustedError, MisuseError, UnsupportedError
+from dmakit.errors import DmakitError, ExhaustedError, MisuseError
 from dmakit.iommu.protocol import Capabilities
-from dmakit.iova.arguments import within
+from dmakit.iova.arrays import zeroed
 from dmakit.ledger import ROWS
 
 if cython.compiled:
@@ -158,34 +158,18 @@ class HostDomain(Domain):
 
     # Dirty pages -------------------------------------------------------------------------------------------------
 
-    def set_dirty_tracking(self, on: bool, *, cpu: SupportsIndex = 0) -> None:
-        """Switch the host's dirty tracking; switching on starts with every page clean where hardware tracks."""
-        self._need_dirty()
+    def _untracked(self) -> str:
+        return "this host's IOMMU does not track dirty pages"
+
+    def _set_dirty(self, on: bool, cpu: int) -> None:
         self.backend.set_dirty(on)
-        self.dirty_tracking = on
 
-    def read_and_clear_dirty(
-        self,
-        iova: SupportsIndex,
-        size: SupportsIndex,
-        bitmap: object,
-        *,
-        page_size: SupportsIndex = PAGE_SIZE,
-        flags: SupportsIndex = 0,
-        cpu: SupportsIndex = 0,
-    ) -> int:
-        """OR the dirty pages of [iova, iova + size) into ``bitmap`` (uint64 array, bit i = page i of ``page_size``).
-
-        Asked mapping by mapping: the kernel stops without a word at a hole. Returns how many bits it set anew.
-        """
-        self._need_dirty()
+    def _read_dirty(self, iova: int, size: int, bitmap: Any, page_size: int, flags: int, cpu: int) -> int:
+        """Asked mapping by mapping: the kernel stops without a word at a hole. How many bits were set anew."""
         if not self.dirty_tracking:
             raise MisuseError("read_and_clear_dirty: dirty tracking is off; call set_dirty_tracking(True) first")
-        first, length = within("iova", iova, 0, (1 << 64) - 1), within("size", size, 1, (1 << 64) - 1)
-        unit = within("page_size", page_size, PAGE_SIZE, 1 << 40)
-        if (first | length) % unit or unit & (unit - 1):
-            raise MisuseError(f"page_size={unit}: must be a power of two that divides iova and size")
-        found: int = self.backend.read_dirty(self._live(first, first + length), first, length, bitmap, unit, flags)
+        marks = zeroed("Q", size // page_size // 64 + 1) if bitmap is None else bitmap
+        found: int = self.backend.read_dirty(self._live(iova, iova + size), iova, size, marks, page_size, flags)
         return found
 
     def _live(self, first: int, end: int) -> list[tuple[int, int]]:
@@ -201,10 +185,6 @@ class HostDomain(Domain):
                 stop = high
         parts.append((start, stop - start))
         return [part for part in parts if part[1]]
-
-    def _need_dirty(self) -> None:
-        if not self.capabilities.dirty:
-            raise UnsupportedError("this host's IOMMU does not track dirty pages")
 
     def detach(self, *, cpu: SupportsIndex = 0) -> None:
         """Let the host's kernel drop every mapping and the address space itself; a second call does nothing."""
