@@ -108,6 +108,27 @@ def test_neighbours_stay_neighbours_and_strangers_strangers() -> None:
     assert depth_of(workload) == 1
 
 
+def test_what_a_recorded_driver_mapped_beside_blocks_is_left_out_and_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = source_of(resolve(None))
+    sizes = [request.size for request in source.place(None).requests]  # type: ignore[arg-type]
+    odd = sum(size % 512 != 0 for size in sizes)
+    found = compared(host(), None, ["premap"])
+    (result,) = found.results
+    assert odd > 0 and (result.left_out, result.requests) == (odd, len(sizes) - odd)
+    assert (result.wrong, result.failed) == (0, 0)
+    assert result.size == sum(size for size in sizes if size % 512 == 0)
+    hardware_report.print_hardware(found)
+    assert f"\nleft out: {odd} requests that are no whole blocks\n" in capsys.readouterr().out
+
+
+def test_a_workload_without_a_whole_block_is_refused() -> None:
+    kernel = FakeHost([FakeNvme(BDF, namespaces=[Namespace(1, 16384, block_size=4096)])])
+    with pytest.raises(InputError, match=r"^a request of 512 bytes: must be a multiple of the 4096-byte block$"):
+        compared(kernel, "bs=512,iodepth=1,n=4", ["page"])
+
+
 @pytest.mark.parametrize(("width", "lines"), [(80, 2), (130, 1)])
 def test_no_figure_is_cut_on_a_narrow_terminal(width: int, lines: int, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()

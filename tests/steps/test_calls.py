@@ -7,12 +7,14 @@ import pytest
 
 from dmakit.trace.call_replay import CallsResult, replay_calls
 from dmakit.trace.calls import Call, _inferred, read_calls
+from dmakit.trace.columns import load
 
 DATA = Path(__file__).parent.parent / "data" / "kernel-traces"
 INVALIDATIONS = {
     "inval-lazy-smp1": {"flush queue timer": 23},
     "inval-strict-smp1": {"unmap": 385, "destroy": 360},
     "inval-cm-smp1": {"map-side sync": 752, "unmap": 385, "destroy": 360},
+    "fresh-strict-smp2": {"unmap": 277, "destroy": 158},  # no boot file: the domains are made inside the trace
     "sg-ahci": {"flush queue timer": 42},
     "untrusted-nvme-smp1": {"destroy": 319, "unmap": 76},
     "untrusted-nvme-trusted-smp1": {"flush queue timer": 23},
@@ -94,6 +96,14 @@ def test_calls_are_placed_where_they_take_effect() -> None:
     assert kinds.count("map") == kinds.count("unmap") == 385
     assert found.caching_mode
     assert found.other_descriptors == 11  # interrupt-remapping entries
+
+
+def test_what_a_device_causes_by_changing_its_domain_is_no_calls() -> None:
+    found = read_calls(trace("fresh-strict-smp2"))
+    assert found.attached == ("0000:00:04.0", "0000:00:05.0")
+    descriptors = load(trace("fresh-strict-smp2")).table("qi_submit")
+    assert found.other_descriptors == len(descriptors.seq) - 435
+    assert found.other_descriptors > 8  # four for each device that left a domain twice, and interrupt remapping
 
 
 def test_lengths_of_a_chained_list_are_inferred_from_its_maps() -> None:

@@ -40,7 +40,7 @@ def tracefs(path: Path) -> Path:
     (path / "per_cpu" / "cpu0").mkdir(parents=True)
     (path / "per_cpu" / "cpu0" / "stats").write_text("entries: 9\noverrun: 3\ndropped events: 2\n")
     start = {
-        "current_tracer": "nop", "trace_clock": "[local] global counter mono", "buffer_size_kb": "1408 (7 expanded)",
+        "current_tracer": "nop", "trace_clock": "[local] global counter mono", "buffer_size_kb": "7 (expanded: 1408)",
         "tracing_on": "1", "dynamic_events": "", "kprobe_events": "p:kp/init init_iova_domain",
         "trace": "  swapper/0-1 [000] ..... 1.0: init: (init_iova_domain+0x4/0xc0) iovad=0x1 granule=0x1000 start=0x1",
     }  # fmt: skip

@@ -102,6 +102,8 @@ def _takeaways(comparison: HardwareComparison, ran: list[HardwareResult]) -> Non
     for result in comparison.results:
         if result.failed:
             out.print(f"{result.name}: {result.failed} requests failed")
+    if ran and ran[0].left_out:
+        out.print(f"left out: {ran[0].left_out} requests that are no whole blocks")
     say(out, comparison.choice())
     for result in ran:
         if result.costs is not None:

@@ -166,6 +166,7 @@ def _setup(trace: CallTrace, boot: Path | None, defects: tuple[str, ...]) -> Set
         bounce_start=pool[0] if pool else slots[0] & ~4095 if slots else BOUNCE_START,
         highest_phys=trace.highest_phys,
         first_domain_id=first_domain_id(boot, (event for _, event in trace.events)),
+        attached=trace.attached,
         defects=defects,
     )
 
@@ -219,10 +220,8 @@ class _CallReplay:
         )
 
     def _invalidations(self) -> Invalidations:
-        kernel = [event for _, event in self.trace.events if event[0] == "qi"]
-        ours = [event for _, event in self.events if event[0] == "qi"]
-        rows = zip(kernel, self.trace.causes, ours, self.causes, strict=False)
-        explained = sum(k == o and k_cause == o_cause != "" for k, k_cause, o, o_cause in rows)
+        kernel, ours = _caused(self.trace.events, self.trace.causes), _caused(self.events, self.causes)
+        explained = sum(k == o and k[2] != "" for k, o in zip(kernel, ours, strict=False))
         return Invalidations(len(kernel), explained, dict(Counter(self.trace.causes)), self.trace.other_descriptors)
 
     # calls ---------------------------------------------------------------------------------------------------
@@ -415,6 +414,12 @@ def _cause(call: Call) -> str:
     if call.kind == "timer":
         return "flush queue timer"
     return "map-side sync" if call.kind in MAP_SIDE else call.kind
+
+
+def _caused(events: list[tuple[int, Event]], causes: list[str]) -> list[tuple[int, Event, str]]:
+    """The invalidations with their causes, CPU by CPU as in ``_stream``."""
+    found = [(cpu, event) for cpu, event in events if event[0] == "qi"]
+    return sorted(((*row, cause) for row, cause in zip(found, causes, strict=True)), key=lambda row: row[0])
 
 
 def _stream(name: str, kernel: list[tuple[int, Event]], ours: list[tuple[int, Event]]) -> Stream:

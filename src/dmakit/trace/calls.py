@@ -65,7 +65,7 @@ EVENTS = {
     "blink_in": ("blink", "addr", "phys", "len"),
 }
 WORDS = frozenset({"dev", "type", "iommu", "force"})
-OTHERS = ("af_out", "mapsg_in", "dma_map_sg", "fqto_out", "all_in")
+OTHERS = ("af_out", "mapsg_in", "dma_map_sg", "fqto_out", "all_in", "attach_device_to_domain")
 
 
 @dataclass(slots=True)
@@ -106,7 +106,10 @@ class Call:
 
 @dataclass(slots=True)
 class CallTrace:
-    """What ``read_calls`` found: calls in order, (CPU, compared event) in order, the cause of each invalidation."""
+    """What ``read_calls`` found: calls in order, (CPU, compared event) in order, the cause of each invalidation.
+
+    ``attached``: devices in the order in which they got a new domain inside the trace.
+    """
 
     path: Path
     calls: list[Call] = field(default_factory=list)
@@ -115,6 +118,7 @@ class CallTrace:
     other_descriptors: int = 0
     names: set[str] = field(default_factory=set)
     bounced: set[str] = field(default_factory=set)
+    attached: tuple[str, ...] = ()
     highest_phys: int = 0
     malformed: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
@@ -173,6 +177,7 @@ class _Reader:
         self._ignored: set[int] = set()
         self._entry: dict[Task, dict[str, int]] = {}  # by task: direction and attributes, seen only at map_sg's entry
         self._unsg: dict[Task, Call] = {}  # by task: an unmap_sg whose IOVA its first unmap will name
+        self._context: dict[Task, int] = {}  # by task: the domain id of a context-cache invalidation just before
         self._sg: dict[Task, Call] = {}  # by task: the latest dma_map_sg, until its event has named the addresses
 
     def add(self, row: Row) -> None:
@@ -184,14 +189,31 @@ class _Reader:
             self._returned(row, RETURNS[row.name])
         elif row.name in ENTRIES:
             self._entered(row, ENTRIES[row.name])
+        elif row.name == "attach_device_to_domain":
+            self.trace.attached = tuple(dict.fromkeys((*self.trace.attached, row.words["dev"])))
         elif row.name == "mapsg_in":
             self._entry[row.task] = row.numbers
         elif row.name == "dma_map_sg" and row.task in self._sg:
             _name_segments(self._sg.pop(row.task), row.lists)
+        if row.name == "qi_submit" and not self._of_calls(row):
+            self.trace.other_descriptors += 1
+            return
         self._invalidation(row)
-        if row.name in EVENTS and (row.name != "qi_submit" or row.words["type"] == "iotlb_inv"):
+        if row.name in EVENTS:
             name, *columns = EVENTS[row.name]
             self._event(row, (name, *(row.numbers[column] for column in columns)))
+
+    def _of_calls(self, row: Row) -> bool:
+        """Whether a descriptor invalidates IOTLB entries because of a mapping call.
+
+        A device that joins or leaves a domain has its context entry invalidated, and at once the whole domain
+        (``intel_context_flush_no_pasid``): that is no call's.
+        """
+        before = self._context.pop(row.task, -1)
+        domain = row.numbers["qw0"] >> 16 & 0xFFFF
+        if row.words["type"] == "cc_inv":
+            self._context[row.task] = domain
+        return row.words["type"] == "iotlb_inv" and domain != before
 
     def _event(self, row: Row, event: Event) -> None:
         self.trace.events.append((row.cpu, event))
@@ -254,10 +276,7 @@ class _Reader:
         elif row.name == "syncmap_in":
             self._trigger[row.task] = "map-side sync"
         elif row.name == "qi_submit":
-            if row.words["type"] == "iotlb_inv":
-                self.trace.causes.append(self._trigger.pop(row.task, ""))
-            else:
-                self.trace.other_descriptors += 1
+            self.trace.causes.append(self._trigger.pop(row.task, ""))
 
     def finish(self) -> CallTrace:
         """The trace; a place whose call's return was not recorded has no call."""

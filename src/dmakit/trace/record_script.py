@@ -50,7 +50,7 @@ for f in "$$NAME.trace.txt" "$$NAME.trace.txt.xz"; do
 done
 
 old_clock=$$(sed 's/.*\[\(.*\)\].*/\1/' $$T/trace_clock)
-old_buffer=$$(sed 's/ .*//' $$T/buffer_size_kb)
+old_buffer=$$(sed 's/.*expanded: \([0-9]*\).*/\1/' $$T/buffer_size_kb)  # until its first use it is "7 (expanded: 1408)"
 old_on=$$(cat $$T/tracing_on)
 dynamic=$$T/dynamic_events; [ -e $$dynamic ] || dynamic=$$T/kprobe_events
 made=

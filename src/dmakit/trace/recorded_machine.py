@@ -40,6 +40,7 @@ class Setup:
     bounce_start: int = BOUNCE_START
     highest_phys: int = 0
     first_domain_id: int = FIRST_DOMAIN_ID
+    attached: tuple[str, ...] = ()
     defects: tuple[str, ...] = ()
 
 
@@ -102,6 +103,8 @@ class RecordedMachine:
                 device.iovad.reserve(lo, hi)
             self._iovads[domain.iovad] = device
             self.attached.update(dict.fromkeys(domain.devices, device))
+        for name in setup.attached:  # in this order their domains were made, and numbered
+            self.device(name)
 
     def device(self, name: str) -> Any:
         """The device ``name``, attached now when the boot file did not have it."""

@@ -52,7 +52,7 @@ def check(told: dict[str, Any], table: str, backend: str, requests: int) -> None
         assert found == (requests, 0, 0, None), f"{name}: {found}"
         assert row["measured_ns"]["map"] > 0 and row["measured_ns"]["unmap"] > 0
         assert row["ledger"]["inv_page"] is None  # only the host's IOMMU driver could count it
-        assert re.search(rf"^{name} +[\d.]+ ", table, re.MULTILINE), table
+        assert re.search(rf"^{name} +[\d.<]+ ", table, re.MULTILINE), table
     total = sum(row["bytes"] for row in ran.values())
     assert f"\nbytes wrong: 0 of {total:,}\n" in table
     assert told["choice"].startswith("use ")
@@ -80,7 +80,9 @@ def test_a_recorded_linux_runs_on_this_host(backend: str, tmp_path: Path) -> Non
     out = tmp_path / "compare.json"
     table = compare("--yes", "--backend", backend, "--json", str(out))
     told = json.loads(out.read_text())
-    check(told, table, backend, told["strategies"][0]["requests"])
+    first = told["strategies"][0]
+    assert first["requests"] > 100 > first["left_out"] > 0
+    check(told, table, backend, first["requests"])
 
 
 @LONG
