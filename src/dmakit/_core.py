@@ -62,6 +62,7 @@ COMPILED_MODULES = (
     "dmakit.iommu.space",
     "dmakit.iommu.tables",
     "dmakit.iommu.translation",
+    "dmakit.iommu.tree",
     "dmakit.iommu.unit",
     "dmakit.iommu.walker",
     "dmakit.iova.allocator",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dmakit.bench import bitmap_rows, history, suite, thread_rows, yardsticks
+from dmakit.bench.iommu_rows import map_pages, small_pages, unmap_pages
 from dmakit.bench.native import _walk_unchecked
 from dmakit.bench.row import Bench, Row
 from dmakit.cli.main import run
@@ -53,6 +54,18 @@ def test_every_bitmap_row_can_be_measured() -> None:
         figure = suite.measured(row, bench, 1)
         assert figure.error is None
         assert figure.ratio is not None and figure.ratio > 0
+
+
+def test_rows_4_and_5_make_and_free_the_tables() -> None:
+    bench = Bench(short=True, compiled=False)
+    domain = small_pages(bench, "runs")
+    map_pages(bench)  # the tables above stay
+    before = int(domain.tables.in_use)
+    for measure in (map_pages, unmap_pages):
+        made = domain.ledger.snapshot()["tables_allocated"]
+        assert measure(bench) > 0
+        assert domain.ledger.snapshot()["tables_allocated"] > made
+        assert int(domain.tables.in_use) == before
 
 
 def test_thread_rows_count_pairs_and_name_the_cores() -> None:

@@ -289,6 +289,7 @@ PARTS: dict[str, Callable[[World], Any]] = {
     "InvalidationQueue": lambda w: w.part("IommuUnit").queue,
     "BatchLane": _lane,
     "PageTable": lambda w: w.part("PageTableDomain").table,
+    "TableTree": lambda w: w.part("PageTable"),
     "Port": lambda w: w.part("Device").port,
     "DmaPort": lambda w: w.part("Device").port,
     "TablePages": lambda w: TablePages(w.part("PageAllocator"), ledger=Ledger()),

@@ -252,3 +252,43 @@ def test_write_only_leaves_are_present() -> None:
     assert table.map(K4, K4, K4, W, gather) == 0
     assert table.map(K4, K4, K4, W, gather) == -errno.EADDRINUSE
     assert table.unmap(K4, K4, gather) == K4
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 1), (0, 512), (3, 4), (511, 1), (256, 256), (1, 510)])
+def test_a_new_table_holds_its_leaves_and_zeros_whatever_was_in_its_page(first: int, count: int) -> None:
+    world = World(ram=1 << 20)
+    table = world.table(VtdSecondStage(page_sizes=K4))
+    pages = [world.pages.alloc() for _ in range(int(world.pages.free_pages_count))]
+    for page in pages:
+        world.memory.fill(page, K4, 0xFF)
+        world.pages.free(page)
+    put(table, G1 + first * K4, K4, count * K4)
+    start = entry(table, G1, 2) & ~0xFFF
+    words = list(world.memory.words[start >> 3 : (start >> 3) + 512])
+    assert words == [0] * first + [(n + 1) * K4 | RW for n in range(count)] + [0] * (512 - first - count)
+
+
+def test_a_table_that_was_used_last_is_forgotten_when_it_leaves_the_tree() -> None:
+    world = World()
+    table, gather = world.table(), Gather()
+    put(table, 0, 8 * G1 + M2, G1)  # leaves of 2 MiB
+    assert table.unmap(0, G1, gather) == G1
+    world.tables.free_list(gather.freelist)
+    taken = [world.pages.alloc() for _ in range(4)]  # the pages belong to somebody else now
+    put(table, 0, 8 * G1 + M2, M2)
+    put(table, M2, 8 * G1 + K4, 2 * K4)
+    assert shape(table) == [(0, 2), (M2, 1), (M2 + K4, 1)]
+    assert table.table_pages == 4
+    assert linked_tables(table).isdisjoint(taken)
+
+
+def test_a_large_leaf_that_takes_the_place_of_tables_makes_them_forgotten() -> None:
+    world = World()
+    table = world.table()
+    put(table, G1, K4, K4)
+    assert table.unmap(G1, K4, Gather()) == K4
+    gather = put(table, G1, 4 * G1, G1)
+    assert gather.freelist != 0
+    assert table.map(G1 + K4, K4, K4, RW, Gather()) == -errno.EADDRINUSE
+    assert table.map(G1 + M2, M2, M2, RW, Gather()) == -errno.EADDRINUSE
+    assert shape(table) == [(G1, 3)]

@@ -25,12 +25,14 @@ if cython.compiled:
     from cython.cimports.dmakit.consts import DIRTY_NO_CLEAR, L_PTE_SET_1, PAGE_SIZE, PT_ENTRIES
     from cython.cimports.dmakit.iommu.bitmap import set_range
     from cython.cimports.dmakit.iommu.gather import Gather
-    from cython.cimports.dmakit.iommu.pagetable import PageTable, level_shift
+    from cython.cimports.dmakit.iommu.pagetable import PageTable
+    from cython.cimports.dmakit.iommu.tree import level_shift
 else:
     from dmakit.consts import DIRTY_NO_CLEAR, L_PTE_SET_1, PAGE_SIZE, PT_ENTRIES
     from dmakit.iommu.bitmap import set_range
     from dmakit.iommu.gather import Gather
-    from dmakit.iommu.pagetable import PageTable, level_shift
+    from dmakit.iommu.pagetable import PageTable
+    from dmakit.iommu.tree import level_shift
 
 
 def _checked_scan(

@@ -15,6 +15,7 @@ cdef class PageTableDomain(Domain):
                                         Gather gather) noexcept
     cdef Py_ssize_t _iova_to_phys_many(self, const unsigned long long[::1] iovas,
                                        unsigned long long[::1] out, Py_ssize_t count) noexcept
+    cdef void _undo_map(self, unsigned long long iova, int cpu) noexcept nogil
     cdef void _invalidate(self, Gather gather, int cause, int cpu) noexcept nogil
     cdef void _note_map(self, unsigned long long iova, unsigned long long phys, unsigned long long mapped,
                         int prot, int error) noexcept with gil

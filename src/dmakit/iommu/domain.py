@@ -106,6 +106,7 @@ def map_error(error: int, iova: int, phys: int, size: int, prot: int, mapped: in
     return MisuseError(f"{what}: the size must not be 0", error)
 
 
+@cython.final
 @cython.cclass
 class PageTableDomain(Domain):
     """A domain of ``unit`` with a table of ``levels`` levels in format ``fmt``; attaching takes a domain id (``did``).
@@ -226,16 +227,22 @@ class PageTableDomain(Domain):
         """0 or -errno; what a failing map had mapped is unmapped and invalidated."""
         self.ledger.counts[L_DOMAIN_MAPS] += 1
         error: cython.int = self.table._map(iova, phys, size, prot, self.scratch)
-        mapped: cython.ulonglong = self.scratch.mapped
         if self.scratch.freelist != 0:
+            mapped: cython.ulonglong = self.scratch.mapped
             self._invalidate(self.scratch, CAUSE_TABLE, cpu)
-        if self.events is not None:
-            self._note_map(iova, phys, mapped, prot, error)
-        if error != 0:
-            self._unmap(iova, mapped, self.scratch)
-            self._invalidate(self.scratch, CAUSE_UNMAP, cpu)
             self.scratch.mapped = mapped
+        if self.events is not None:
+            self._note_map(iova, phys, self.scratch.mapped, prot, error)
+        if error != 0:
+            self._undo_map(iova, cpu)
         return error
+
+    def _undo_map(self, iova: cython.ulonglong, cpu: cython.int) -> cython.void:
+        """Unmap what a failing map had mapped from ``iova`` on; how much that was stays in ``scratch.mapped``."""
+        mapped: cython.ulonglong = self.scratch.mapped
+        self._unmap(iova, mapped, self.scratch)
+        self._invalidate(self.scratch, CAUSE_UNMAP, cpu)
+        self.scratch.mapped = mapped
 
     def _sync_map(self, iova: cython.ulonglong, size: cython.ulonglong, cpu: cython.int = 0) -> cython.int:
         """Map-side sync of a range that is not empty; 0."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from dmakit.consts import PAGE_SHIFT, PT_ENTRIES, PT_INDEX_BITS, PT_MAX_LEVELS
 from dmakit.errors import InputError
 from dmakit.iommu.formats.base import PtFormat
-from dmakit.iommu.pagetable import Leaf, PageTable, level_shift
+from dmakit.iommu.pagetable import PageTable
+from dmakit.iommu.tree import Leaf, level_shift
 
 _DEVICE = re.compile(r"Device (\S+) (?:with pasid ([0-9a-fx]+) )?@0x([0-9a-f]+)$")
 _ROW = re.compile(r"0x([0-9a-f]+) \|" + r"\t0x([0-9a-f]{16})" * PT_MAX_LEVELS + "$")

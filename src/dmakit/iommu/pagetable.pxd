@@ -1,27 +1,11 @@
-from dmakit.iommu.formats.base cimport PtFormat
 from dmakit.iommu.gather cimport Gather
-from dmakit.iommu.tables cimport TablePages
-from dmakit.ledger cimport Ledger
-from dmakit.memory.physical cimport PhysicalMemory
+from dmakit.iommu.tree cimport TableTree
 
-cdef class PageTable:
-    cdef readonly PtFormat fmt
-    cdef readonly TablePages tables
-    cdef readonly PhysicalMemory memory
-    cdef readonly Ledger ledger
-    cdef readonly int levels
-    cdef readonly bint coherent_walker
-    cdef readonly unsigned long long root
-    cdef readonly unsigned long long aperture_last
-    cdef readonly long long table_pages
-    cdef unsigned long long near_span
-    cdef unsigned long long near_slot
+cdef class PageTable(TableTree):
+    cdef int top_leaf
     cdef int _map(self, unsigned long long iova, unsigned long long phys, unsigned long long size, int prot,
                   Gather gather) noexcept nogil
     cdef unsigned long long _unmap(self, unsigned long long iova, unsigned long long size, Gather gather) noexcept nogil
-    cdef unsigned long long _leaf(self, unsigned long long iova) noexcept nogil
-    cdef unsigned long long _iova_to_phys(self, unsigned long long iova) noexcept nogil
-    cdef bint _leaf_across(self, unsigned long long iova) noexcept nogil
     cdef bint _is_near(self, unsigned long long iova, unsigned long long size) noexcept nogil
     cdef int _map_near(self, unsigned long long iova, unsigned long long phys, unsigned long long size, int prot,
                        Gather gather) noexcept nogil
@@ -32,19 +16,20 @@ cdef class PageTable:
     cdef int _best_level(self, unsigned long long congruence, unsigned long long size) noexcept nogil
     cdef unsigned long long _run_bytes(self, unsigned long long iova, unsigned long long phys, unsigned long long size,
                                        int level) noexcept nogil
-    cdef unsigned long long _slot(self, unsigned long long iova, int level) noexcept nogil
+    cdef long long _put_pages(self, unsigned long long above, unsigned long long count, unsigned long long iova,
+                              unsigned long long phys, unsigned long long bits, Gather gather) noexcept nogil
+    cdef void _write(self, unsigned long long at, unsigned long long count, unsigned long long phys, int level,
+                     unsigned long long bits) noexcept nogil
+    cdef void _come_near(self, unsigned long long iova, unsigned long long table) noexcept nogil
     cdef unsigned long long _put(self, unsigned long long at, unsigned long long count, unsigned long long iova,
                                  unsigned long long phys, int level, unsigned long long bits,
                                  Gather gather) noexcept nogil
-    cdef bint _is_empty(self, unsigned long long table, int level) noexcept nogil
-    cdef void _defer_tree(self, unsigned long long table, int level, Gather gather) noexcept nogil
+    cdef unsigned long long _make_room(self, unsigned long long at, unsigned long long count, unsigned long long iova,
+                                       int level, Gather gather) noexcept nogil
     cdef unsigned long long _unmap_in(self, unsigned long long table, int level, unsigned long long iova,
                                       unsigned long long last, Gather gather) noexcept nogil
     cdef unsigned long long _clear_leaves(self, unsigned long long at, unsigned long long count,
                                           int level) noexcept nogil
-    cdef void _flush_lines(self, unsigned long long at, unsigned long long count) noexcept nogil
-
-cpdef int level_shift(int level) noexcept nogil
-
-cdef unsigned long long _LINE_WORDS
-cdef int _LEVEL_BITS
+    cdef unsigned long long _leaves_from(self, unsigned long long at, unsigned long long count,
+                                         int level) noexcept nogil
+    cdef bint _is_inside(self, unsigned long long iova, unsigned long long size) noexcept nogil

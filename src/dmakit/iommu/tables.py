@@ -28,6 +28,7 @@ else:
     from dmakit.memory.pages import PageAllocator
 
 
+@cython.final
 @cython.cclass
 class TablePages:
     """Table pages of one machine; ``in_use`` counts those not yet freed, pages that wait on a freelist included.
@@ -55,9 +56,17 @@ class TablePages:
 
     def _new(self) -> cython.ulonglong:
         """Physical address of a zeroed table, or 0."""
+        return self._new_around(0, 0)
+
+    def _new_around(self, first: cython.ulonglong, size: cython.ulonglong) -> cython.ulonglong:
+        """Physical address of a table that is zeroed but for ``size`` bytes from byte ``first``, or 0.
+
+        The caller writes these before anything points to the table.
+        """
         table: cython.ulonglong = self.pages._alloc(0)
         if table != 0:
-            self.memory._zero(table, PAGE_SIZE)
+            self.memory._zero(table, first)
+            self.memory._zero(table + first + size, PAGE_SIZE - first - size)
             self.in_use += 1
             self.ledger.counts[L_TABLES_ALLOCATED] += 1
         return table

@@ -5,7 +5,13 @@ cdef extern from *:
     #else
     #define dmakit_prefetch(address) ((void)(address))
     #endif
+    #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
+    #define DMAKIT_WIDE __attribute__((target_clones("avx2", "default")))
+    #else
+    #define DMAKIT_WIDE
+    #endif
     """
+    ctypedef unsigned long long wide_t "DMAKIT_WIDE unsigned long long"
     void prefetch "dmakit_prefetch" (const void *address) noexcept nogil
 
 cdef class PhysicalMemory:
@@ -22,7 +28,7 @@ cdef class PhysicalMemory:
     cdef unsigned long long _union(self, unsigned long long at, Py_ssize_t count) noexcept nogil
     cdef unsigned long long _common(self, unsigned long long at, Py_ssize_t count) noexcept nogil
 
-cdef void _fill(unsigned long long[::1] words, unsigned long long at, Py_ssize_t count, unsigned long long first,
-                unsigned long long step) noexcept nogil
-cdef unsigned long long _or(unsigned long long[::1] words, unsigned long long at, Py_ssize_t count) noexcept nogil
-cdef unsigned long long _and(unsigned long long[::1] words, unsigned long long at, Py_ssize_t count) noexcept nogil
+cdef wide_t _fill(unsigned long long* words, Py_ssize_t count, unsigned long long first,
+                  unsigned long long step) noexcept nogil
+cdef wide_t _or(unsigned long long* words, Py_ssize_t count) noexcept nogil
+cdef wide_t _and(unsigned long long* words, Py_ssize_t count) noexcept nogil

@@ -121,4 +121,7 @@ class PtFormat:
         entry: cython.ulonglong = phys | bits
         if level > 1:
             entry |= self.large_bit
-        memory._ascend(at, count, entry, step)
+        if count == 1:
+            memory.words[at] = entry
+        else:
+            memory._ascend(at, count, entry, step)
