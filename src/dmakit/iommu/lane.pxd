@@ -24,6 +24,7 @@ cdef class BatchLane:
     cdef unsigned long long key
     cdef unsigned long long psc_key
     cdef unsigned long long last
+    cdef unsigned long long reach
     cdef unsigned long long present
     cdef unsigned long long read_bit
     cdef unsigned long long write_bit
@@ -45,8 +46,6 @@ cdef class BatchLane:
     cdef unsigned long long psc_set_mask
     cdef Py_ssize_t ways
     cdef Py_ssize_t psc_ways
-    cdef int way_bits
-    cdef int psc_way_bits
     cdef bint full
     cdef bint top_newest
     cdef long long hits
@@ -57,6 +56,7 @@ cdef class BatchLane:
         self, const unsigned long long[::1] iovas, unsigned long long[::1] out, Py_ssize_t start, int did, bint write
     ) noexcept nogil
     cdef void _begin(self, int did, bint write) noexcept nogil
+    cdef void _look_full(self) noexcept nogil
     cdef void _end(self, long long done) noexcept nogil
     cdef Py_ssize_t _block(
         self, const unsigned long long[::1] iovas, unsigned long long[::1] out, Py_ssize_t i, Py_ssize_t end

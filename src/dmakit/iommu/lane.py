@@ -98,8 +98,8 @@ class BatchLane:
         self.newer, self.oldest = iotlb.newer, iotlb.oldest
         self.psc_tags, self.psc_values, self.psc_live = psc.tags, psc.values, psc.live
         self.psc_newer, self.psc_oldest = psc.newer, psc.oldest
-        self.ways, self.set_mask, self.way_bits = iotlb.ways, iotlb.set_mask, iotlb.way_bits
-        self.psc_ways, self.psc_set_mask, self.psc_way_bits = psc.ways, psc.set_mask, psc.way_bits
+        self.ways, self.set_mask = iotlb.ways, iotlb.set_mask
+        self.psc_ways, self.psc_set_mask = psc.ways, psc.set_mask
         self.highest = memory.span - PAGE_SIZE
 
     def _run(
@@ -115,6 +115,8 @@ class BatchLane:
         n: cython.Py_ssize_t = len(iovas)
         end: cython.Py_ssize_t = start
         self._begin(did, write)
+        if i < n and iovas[i] <= self.last:
+            self._find_top(iovas[i])
         while i < n and i == end:
             end = min(i + LANE_BLOCK, n) if self.full else i + 1
             self._ask(iovas, end, min(end + LANE_BLOCK, n))
@@ -133,12 +135,12 @@ class BatchLane:
             set_: cython.Py_ssize_t = (page ^ self.domain) & self.set_mask
             tag: cython.ulonglong = (page << 19) | self.key
             word: cython.ulonglong = 0
-            if iova >> 30 == self.top and not _holds_8(self, set_ << 3, tag):
+            if iova < self.reach and not _holds_8(self, set_ << 3, tag):
                 table_set: cython.Py_ssize_t = (span ^ self.domain) & self.psc_set_mask
                 table_tag: cython.ulonglong = (span << 19) | self.psc_key
                 if _holds_4(self, table_set << 2, table_tag):
                     word = self._once(page, table_set << 2, table_tag)
-                else:
+                elif iova >> 30 == self.top:
                     entry: cython.ulonglong = self.words[self.top_table + (span & 511)]
                     known: cython.ulonglong = entry & self.address
                     if entry & self.above_mask == self.above and known <= self.highest:
@@ -174,10 +176,15 @@ class BatchLane:
         self.mark = self.accessed | self.dirty if write else self.accessed
         self.above = self.read_bit | self.write_bit | self.accessed
         self.plain = self.above | self.dirty
-        self.full = self.ways == 8 and self.psc_ways == 4 and self.live[1] == self.iotlb.capacity
+        self._look_full()
         self.top = _NOWHERE
-        self.top_table = 0
+        self.top_table = self.top_set = 0
         self.hits = self.once = self.others = self.psc_others = 0
+
+    def _look_full(self) -> cython.void:
+        """Find out whether the usual miss may be taken: caches of the usual shape, the IOTLB full of 4 KiB pages."""
+        self.full = self.ways == 8 and self.psc_ways == 4 and self.live[1] == self.iotlb.capacity
+        self.reach = self.last + 1 if self.full else 0
 
     def _end(self, done: cython.longlong) -> cython.void:
         """Count what the batch did: ``done`` accesses, ``hits`` of them without a walk, ``once`` with one read."""
@@ -324,7 +331,8 @@ class BatchLane:
         """Note the use of a table in the paging-structure cache."""
         if self.psc.touch:
             self.psc._renew(way)
-            self.top_newest = False
+            if way // self.psc_ways == self.top_set:
+                self.top_newest = False
 
     def _renew_top(self) -> cython.void:
         """Note the use of ``top`` where it may not be the newest of its set."""
@@ -337,7 +345,7 @@ class BatchLane:
         if old & 7 != 1:
             self.others += 1
             _account(self.iotlb, self.live, old, 1)
-            self.full = self.ways == 8 and self.psc_ways == 4 and self.live[1] == self.iotlb.capacity
+            self._look_full()
         _fill(self, set_, tag, word)
 
     def _replace_table(self, old: cython.ulonglong) -> cython.void:
