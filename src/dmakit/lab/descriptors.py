@@ -1,26 +1,23 @@
 """Descriptors of the lab's device: written by the driver's code, fetched by the device through its own port.
 
-``DescriptorWriter`` turns the ranges of any strategy into PRPs or an SGL by the same rules as the NVMe driver:
-an SGL where the controller has them and PRPs cannot say it, or where ranges are large on average. ``fetch`` is the
-device's half: it reads list blocks by translated DMA and yields the data ranges found there.
+``DescriptorWriter`` turns the ranges of any strategy into PRPs or an SGL by the NVMe driver's own rules
+(``nvme.listed.describe``). ``fetch`` is the device's half: it reads list blocks by translated DMA and yields the data
+ranges found there.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dmakit.consts import L_DESCRIPTORS, PAGE_SIZE
 from dmakit.errors import FaultError
 from dmakit.nvme.iod import Iod
+from dmakit.nvme.listed import Ranges, describe
 from dmakit.nvme.mapping import RequestMapper
 from dmakit.nvme.pool import Block
 from dmakit.nvme.prp import PrpWalker
 from dmakit.nvme.sgl import SglWalker
-from dmakit.nvme.spec import PSDT_PRP, PSDT_SGL_METABUF
-
-Ranges = list[tuple[int, int]]
+from dmakit.nvme.spec import PSDT_PRP
 
 
 @dataclass(slots=True)
@@ -39,12 +36,6 @@ class Descriptors:
         return cls(iod.psdt, iod.low, iod.high, size)
 
 
-def fit_prps(ranges: Ranges) -> bool:
-    """Whether PRPs can describe the ranges: they meet on controller pages."""
-    starts = all(addr & (PAGE_SIZE - 1) == 0 for addr, _ in ranges[1:])
-    return starts and all((addr + size) & (PAGE_SIZE - 1) == 0 for addr, size in ranges[:-1])
-
-
 class DescriptorWriter:
     """Writes descriptors for ranges that are mapped already."""
 
@@ -53,20 +44,8 @@ class DescriptorWriter:
 
     def write(self, ranges: Ranges, size: int) -> Descriptors:
         """PRPs or an SGL; ExhaustedError (nothing kept) when no block can be had."""
-        mapper = self.mapper
-        large = mapper.sgl_threshold and size >= mapper.sgl_threshold * len(ranges)
-        if mapper.sgl_supported and (large or not fit_prps(ranges)):
-            low, high, blocks = mapper.sgl.build(ranges)
-            self._count(len(ranges))
-            return Descriptors(PSDT_SGL_METABUF, low, high, size, blocks)
-        addrs, lengths = (memoryview(array("Q", column)) for column in zip(*ranges, strict=True))
-        bounds, prps = (memoryview(array("Q", (0, last))) for last in (len(ranges), 0))
-        blocks = mapper.prp.build_batch(addrs, lengths, bounds, prps)[0]
-        self._count(mapper.prp.entries)
-        return Descriptors(PSDT_PRP, prps[0], prps[1], size, blocks)
-
-    def _count(self, entries: int) -> None:
-        self.mapper.ledger.count(L_DESCRIPTORS, entries)
+        psdt, low, high, blocks, _ = describe(self.mapper, ranges, size)
+        return Descriptors(psdt, low, high, size, blocks)
 
     def drop(self, descriptors: Descriptors) -> None:
         """Give list blocks back."""

@@ -17,27 +17,23 @@ to undo a mapping (``bookkeeping_bytes``) and its walks over the segments (``pas
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 from dmakit.block.device import MappingDevice
 from dmakit.block.request import Op, Request
 from dmakit.block.sg import SgRequest
-from dmakit.consts import ATTR_MMIO, L_BOOKKEEPING_BYTES, L_BOUNCE_MAPS, L_PASSES
+from dmakit.consts import ATTR_MMIO, L_BOOKKEEPING_BYTES, L_PASSES
 from dmakit.dma.batch import map_many, unmap_many
 from dmakit.errors import DmakitError, UnsupportedError
 from dmakit.lab.descriptors import Descriptors, DescriptorWriter
 from dmakit.lab.request_table import IoRequest, Segments
 from dmakit.lab.rig import Rig, direction_of
-from dmakit.nvme.iod import FAST_PATHS, PATHS, Iod
+from dmakit.nvme.iod import FAST_PATHS, PATHS, VECTOR_BYTES, Iod
+from dmakit.nvme.listed import Ranges
+from dmakit.nvme.registration import Registration, register
 from dmakit.p2p.decision import MapType
 from dmakit.reasons import PathLog, Reason
-
-VECTOR_BYTES = 16
-"""What a driver keeps for each separately mapped range: address and length."""
-
-Ranges = list[tuple[int, int]]
 
 
 @dataclass(slots=True)
@@ -246,49 +242,26 @@ class Premap(Strategy):
 
     def __init__(self, rig: Rig) -> None:
         super().__init__(rig)
-        self.registered: dict[Segments, tuple[Ranges, Callable[[], None] | None]] = {}
+        self.registered: dict[Segments, Registration] = {}
 
     def prepare(self) -> None:
         if self.rig.peer is not None:
             raise UnsupportedError("premap registers memory of this machine, not of a peer device")
-        if not self.rig.options.coherent:
-            raise UnsupportedError("premap keeps buffers mapped without syncing them: it needs a coherent device")
-        for layout in self.rig.workload.requests.layouts:
-            if layout.segments not in self.registered:
-                self.registered[layout.segments] = self._register(layout.segments)
-                if self.ledger.counts[L_BOUNCE_MAPS]:
-                    self.finish()
-                    raise UnsupportedError("premap does not sync on each use: a bounced buffer would be stale")
-
-    def _register(self, segments: Segments) -> tuple[Ranges, Callable[[], None] | None]:
-        size = sum(length for _, length in segments)
-        inner_aligned = all(phys % 4096 == 0 for phys, _ in segments[1:]) and all(
-            (phys + length) % 4096 == 0 for phys, length in segments[:-1]
-        )
-        state = self.device.try_alloc(segments[0][0], size) if inner_aligned else None
-        if not state:
-            ranges = [(self.device.map_phys(phys, length, 0), length) for phys, length in segments]
-            return ranges, lambda: self._unregister(ranges)
-        done = 0
-        for phys, length in segments:
-            state.link(phys, done, length, 0)
-            done += length
-        state.sync(0, done)
-        return [(state.addr, size)], lambda: state.destroy(size, 0)
-
-    def _unregister(self, ranges: Ranges) -> None:
-        for addr, length in ranges:
-            self.device.unmap_phys(addr, length, 0)
+        try:
+            for layout in self.rig.workload.requests.layouts:
+                if layout.segments not in self.registered:
+                    self.registered[layout.segments] = register(self.device, layout.segments)
+        except DmakitError:
+            self.finish()
+            raise
 
     def ranges(self, request: IoRequest) -> tuple[Ranges, Any]:
-        ranges, _ = self.registered[request.segments]
         self.paths.take(request.number, self.path, Reason.PREMAPPED)
-        return ranges, None
+        return self.registered[request.segments].ranges, None
 
     def finish(self) -> None:
-        for _, undo in self.registered.values():
-            if undo is not None:
-                undo()
+        for registration in self.registered.values():
+            registration.release()
         self.registered.clear()
 
 

@@ -17,7 +17,6 @@ from dmakit.consts import L_BOOKKEEPING_BYTES, L_DESCRIPTORS, L_PASSES, PAGE_SIZ
 from dmakit.errors import DmakitError, UnsupportedError
 from dmakit.nvme.iod import IOD_DATA_MAPPED, PATH_EACH, PATH_FAILED, PATH_SG, VECTOR_BYTES, Iod
 from dmakit.nvme.mapping import RequestMapper
-from dmakit.nvme.prp import entries_needed
 from dmakit.nvme.spec import PSDT_PRP, PSDT_SGL_METABUF
 from dmakit.reasons import Reason
 
@@ -34,14 +33,27 @@ class Mapper(Protocol):
         """Undo ``map``."""
 
 
-def _prps(ranges: Ranges) -> int:
-    """PRP entries that describe these device ranges; 0 when none can: all but the ends must lie on pages."""
-    entries, last = 0, len(ranges) - 1
+def _fit_prps(ranges: Ranges) -> bool:
+    """Whether PRPs can describe the ranges: they meet on controller pages."""
+    last = len(ranges) - 1
     for at, (addr, size) in enumerate(ranges):
         if (at and addr % PAGE_SIZE) or (at != last and (addr + size) % PAGE_SIZE):
-            return 0
-        entries += entries_needed(addr, size)
-    return entries
+            return False
+    return True
+
+
+def describe(mapper: RequestMapper, ranges: Ranges, size: int) -> tuple[int, int, int, list[Any], int]:
+    """An SGL or PRPs for ``size`` bytes in device ranges: (PSDT, low, high, list blocks, entries).
+
+    ExhaustedError when no list block can be had, MisuseError when PRPs cannot say it; then nothing is kept.
+    """
+    large = mapper.sgl_threshold and size >= mapper.sgl_threshold * len(ranges)
+    if mapper.sgl_supported and (large or not _fit_prps(ranges)):
+        found = (PSDT_SGL_METABUF, *mapper.sgl.build(ranges), len(ranges))
+    else:
+        found = (PSDT_PRP, *mapper.prp.build(ranges), mapper.prp.entries)
+    mapper.ledger.count(L_DESCRIPTORS, found[4])
+    return found
 
 
 class Listed(ABC):
@@ -73,26 +85,11 @@ class Listed(ABC):
         iod.flags |= IOD_DATA_MAPPED
         iod.path, iod.total = self.path, iod.request.data.size
         try:
-            self._describe(iod, ranges)
+            iod.psdt, iod.low, iod.high, iod.blocks, iod.entries = describe(self.requests, ranges, iod.total)
         except DmakitError as error:
             self.unmap(iod)
             return self._fail(iod, error)
         return iod
-
-    def _describe(self, iod: Iod, ranges: Ranges) -> None:
-        """PRPs or an SGL."""
-        mapper = self.requests
-        large = mapper.sgl_threshold and iod.total >= mapper.sgl_threshold * len(ranges)
-        entries = 0 if mapper.sgl_supported and large else _prps(ranges)
-        if mapper.sgl_supported and not entries:
-            iod.psdt = PSDT_SGL_METABUF
-            iod.low, iod.high, iod.blocks = mapper.sgl.build(ranges)
-            entries = len(ranges)
-        else:
-            iod.psdt = PSDT_PRP
-            iod.low, iod.high, iod.blocks = mapper.prp.build(ranges)
-        iod.entries = entries
-        self.ledger.count(L_DESCRIPTORS, entries)
 
     def _fail(self, iod: Iod, error: DmakitError) -> Iod:
         iod.error, iod.path, iod.reason = error, PATH_FAILED, self.device.why or int(Reason.MALFORMED_SEGMENTS)

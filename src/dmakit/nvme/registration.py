@@ -21,10 +21,17 @@ def shape_of(memory: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 
 class Registration:
-    """Memory that stays mapped: ``pieces`` are (phys, length, device address), sorted by phys."""
+    """Memory that stays mapped: ``pieces`` are (phys, length, device address), sorted by phys; ``ranges`` are the
+    (device address, length) in the order of the memory, neighbours joined."""
 
     def __init__(self, pieces: list[tuple[int, int, int]], undo: Callable[[], None]) -> None:
         self.pieces = sorted(pieces)
+        self.ranges: list[tuple[int, int]] = []
+        for _, length, addr in pieces:
+            if self.ranges and sum(self.ranges[-1]) == addr:
+                self.ranges[-1] = (self.ranges[-1][0], self.ranges[-1][1] + length)
+            else:
+                self.ranges.append((addr, length))
         self._undo: Callable[[], None] | None = undo
 
     def address(self, phys: int) -> int:
