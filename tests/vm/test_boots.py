@@ -40,6 +40,7 @@ GUEST = ("tests/vm/guest",)
 PORTABLE = ("tests/memory", "tests/dma")
 ON_VFIO = ("tests/dma", "-m", "portable", "-k", "type1 or iommufd")
 LEVELS = ("quick", "ci", "full")
+LONGER = 6  # times that a boot of the full matrix may take
 CI_ON_DEBIAN = ("vtd-lazy", "amd")
 
 
@@ -63,8 +64,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_guest(boot: Boot, subtests: pytest.Subtests, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     require_built()
     command = [*PYTEST, *boot.paths, *shlex.split(pytestconfig.getoption("--guest"))]
-    told = {"DMAKIT_VM_REPORT": "/mnt/out", "DMAKIT_VM_FULL": str(int(pytestconfig.getoption("--vm") == "full"))}
-    result = run.boot(boot.machine, command, out=tmp_path, environment=told, timeout=boot.timeout)
+    full = pytestconfig.getoption("--vm") == "full"
+    told = {"DMAKIT_VM_REPORT": "/mnt/out", "DMAKIT_VM_FULL": str(int(full))}
+    limit = boot.timeout * (LONGER if full else 1)
+    result = run.boot(boot.machine, command, out=tmp_path, environment=told, timeout=limit)
     states = outcomes(tmp_path / REPORT)
     for name, (outcome, text) in states.items():
         with subtests.test(msg=f"{boot.name}: {name}"):

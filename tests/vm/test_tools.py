@@ -165,7 +165,7 @@ def test_an_archive_holds_what_was_put_in(files: dict[str, bytes]) -> None:
 def test_the_job_says_what_to_run() -> None:
     raw = guest.initramfs(machine.Machine(iommu="amd"), ["echo", "two words", "$HOME"], {"A": "b c"}, terminal=False)
     files = entries(raw)
-    assert set(files) == {"init", "job", "job/share", "job/guest", "job/command"}
+    assert set(files) == {"init", "sysroot", "job", "job/share", "job/guest", "job/command"}
     run = subprocess.run(["sh"], input=files["job/command"][1], capture_output=True, check=True)
     assert run.stdout == b"two words $HOME\n"
     assert b"export DMAKIT_VM_IOMMU=amd\n" in files["job/command"][1]

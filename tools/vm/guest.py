@@ -27,6 +27,7 @@ def initramfs(machine: Machine, command: Sequence[str], environment: Mapping[str
     return cpio.archive(
         {
             "init": cpio.script((HERE / "init.sh").read_text()),
+            "sysroot": cpio.folder(),
             "job": cpio.folder(),
             "job/share": cpio.folder(),
             "job/guest": cpio.script((HERE / "guest.sh").read_text()),

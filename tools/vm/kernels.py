@@ -69,8 +69,7 @@ def _initramfs(shop: Workshop, modules: Path) -> None:
     (kept / "early").write_text("".join(f"/{path.removesuffix('.xz')}\n" for path in early))
     (kept / "bin").mkdir()
     shutil.copy(root / "bin/busybox", kept / "bin/busybox")
-    for name in ("dev", "root"):
-        (kept / name).mkdir()
+    (kept / "dev").mkdir()
     (shop.out / "modules.cpio").write_bytes(cpio.archive(cpio.tree(kept)))
     (shop.out / "version").write_text(f"{version}\n")
 
