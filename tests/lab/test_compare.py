@@ -33,7 +33,7 @@ def check(comparison: Comparison) -> None:
         if result.unavailable:
             continue
         assert result.faults == 0 and result.failed == 0
-        assert result.paths is not None and len(result.paths.requests) == result.requests
+        assert len(result.paths.requests) == result.requests
         low, high = result.modelled_ns
         assert 0 <= low <= high
 

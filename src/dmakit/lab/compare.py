@@ -19,36 +19,28 @@ import numpy as np
 
 from dmakit.errors import DmakitError, FaultError, UnsupportedError
 from dmakit.lab.options import Options
+from dmakit.lab.outcome import Outcome
 from dmakit.lab.pattern import Pattern, count_wrong
 from dmakit.lab.profile import PUBLISHED, cheaper, derived, modelled
-from dmakit.lab.request_table import SUBMIT, IoRequest, Requests
+from dmakit.lab.request_table import SUBMIT, IoRequest
 from dmakit.lab.rig import Rig, Source
 from dmakit.lab.strategies import STRATEGIES, Mapped, Strategy
 from dmakit.ledger import ROWS, difference
-from dmakit.reasons import PathLog
 
 Progress = Callable[[str, int, int], None]
 """Called with (strategy, requests completed, requests in all)."""
 
 
 @dataclass(slots=True)
-class StrategyResult:
-    """What one strategy did with the workload; ``unavailable`` says why when it could not run at all."""
+class StrategyResult(Outcome):
+    """What one strategy did with the workload, in ledgers: all of it, registrations apart (``setup``), by phase."""
 
-    name: str
-    requests: int = 0
-    size: int = 0
-    wrong: int = 0
-    failed: int = 0
     faults: int = 0
     ledger: dict[str, int] = field(default_factory=dict)
     setup: dict[str, int] = field(default_factory=dict)
     submission: dict[str, int] = field(default_factory=dict)
     completion: dict[str, int] = field(default_factory=dict)
-    paths: PathLog | None = None
     simulator_ns: int = 0
-    unavailable: str = ""
-    workload: Requests = field(default_factory=Requests)
 
     @property
     def modelled_ns(self) -> tuple[float, float]:
@@ -58,27 +50,16 @@ class StrategyResult:
     def report(self) -> dict[str, object]:
         """The JSON form."""
         low, high = self.modelled_ns
-        counts = self.paths.counts() if self.paths is not None else {}
-        paths = {
-            path: {"count": sum(reasons.values()), "reasons": {reason.name: n for reason, n in reasons.items()}}
-            for path, reasons in counts.items()
-        }
         return {
-            "name": self.name,
-            "requests": self.requests,
-            "bytes": self.size,
-            "bytes_wrong": self.wrong,
-            "failed": self.failed,
+            **self.facts(),
             "ledger": self.ledger,
             "setup_ledger": self.setup,
             "phases": {
                 name: {"ledger": ledger, "modelled_ns": dict(zip(("low", "high"), modelled(ledger), strict=True))}
                 for name, ledger in (("submission", self.submission), ("completion", self.completion))
             },
-            "paths": paths,
             "modelled_ns": {"low": round(low, 3), "high": round(high, 3), "profile": PUBLISHED.name},
             "simulator_ns": self.simulator_ns,
-            "unavailable": self.unavailable or None,
         }
 
 

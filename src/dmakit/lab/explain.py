@@ -140,7 +140,6 @@ class Explanation:
 def explain(source: Source, options: Options, progress: Progress | None = None) -> Explanation:
     """Run the NVMe driver's decisions over the input and group what they recorded."""
     result = run_strategy("two-step", source, options, progress)
-    assert result.paths is not None
     return Explanation(result.paths, result.workload)
 
 

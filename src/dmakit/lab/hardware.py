@@ -27,9 +27,10 @@ import numpy as np
 
 from dmakit.block.request import Op, Request
 from dmakit.errors import DmakitError, HostError, InputError, UnsupportedError
+from dmakit.lab.outcome import Outcome
 from dmakit.lab.pattern import Pattern, count_wrong
 from dmakit.lab.relocate import depth_of, memory_needed, moved
-from dmakit.lab.request_table import SUBMIT, IoRequest, Requests, Segments
+from dmakit.lab.request_table import SUBMIT, IoRequest, Segments
 from dmakit.lab.sources import FioSource
 from dmakit.lab.workload import Workload, overlapping
 from dmakit.ledger import ROWS
@@ -55,16 +56,11 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(slots=True)
-class HardwareResult:
-    """One strategy: ``map_ns`` and ``unmap_ns`` are medians a request; ``setup_ns`` registered the buffers (premap)
-    or measured the costs (auto); ``spent_ns``: all requests, and the registrations. ``commands``: the request of each
-    command; ``choice``: what ``auto`` measured and did (``nvme.auto``)."""
+class HardwareResult(Outcome):
+    """One strategy, measured: ``map_ns`` and ``unmap_ns`` are medians a request; ``setup_ns`` registered the buffers
+    (premap) or measured the costs (auto); ``spent_ns``: all requests, and the registrations. ``commands``: the request
+    of each command; ``choice``: what ``auto`` measured and did (``nvme.auto``)."""
 
-    name: str
-    requests: int = 0
-    size: int = 0
-    wrong: int = 0
-    failed: int = 0
     left_out: int = 0
     map_ns: float = 0.0
     unmap_ns: float = 0.0
@@ -73,9 +69,6 @@ class HardwareResult:
     spent_ns: int = 0
     buffers: int = 0
     ledger: dict[str, int | None] = field(default_factory=dict)
-    paths: PathLog = field(default_factory=lambda: PathLog(PATHS, FAST_PATHS))
-    unavailable: str = ""
-    workload: Requests = field(default_factory=Requests)
     commands: array[int] = field(default_factory=lambda: array("Q"))
     costs: Costs | None = None
     choice: dict[str, Any] | None = None
@@ -93,11 +86,7 @@ class HardwareResult:
     def report(self) -> dict[str, object]:
         """The JSON form."""
         return {
-            "name": self.name,
-            "requests": self.requests,
-            "bytes": self.size,
-            "bytes_wrong": self.wrong,
-            "failed": self.failed,
+            **self.facts(),
             "left_out": self.left_out,
             "ledger": self.ledger,
             "measured_ns": {
@@ -109,11 +98,6 @@ class HardwareResult:
             },
             "auto": self.choice,
             "buffers": self.buffers,
-            "paths": {
-                path: {reason.name: count for reason, count in reasons.items()}
-                for path, reasons in self.paths.counts().items()
-            },
-            "unavailable": self.unavailable or None,
         }
 
 
@@ -427,7 +411,7 @@ def run_strategy(
     name: str, source: Any, target: Target, comparison: HardwareComparison, progress: Progress | None
 ) -> None:
     """Open the controller, run one strategy, give everything back."""
-    result = HardwareResult(name)
+    result = HardwareResult(name, paths=PathLog(PATHS, FAST_PATHS))
     machine, workload = _machine(source, target)
     with machine, closing(VfioHost(target.bdf, machine=machine, interrupts=False)) as host:
         driver = NvmeDriver(

@@ -112,8 +112,6 @@ def path_lines(comparison: Comparison) -> list[str]:
     """The paths that the requests of each strategy took, with reasons and counts."""
     lines = []
     for result in comparison.results:
-        if result.paths is None:
-            continue
         for path, reasons in result.paths.counts().items():
             why = ", ".join(f"{reason.name} {count}" for reason, count in reasons.items())
             mark = " " if path in result.paths.fast else "!"
@@ -157,7 +155,7 @@ def print_takeaways(out: Console, comparison: Comparison, command: str) -> None:
     for result in ran:
         if result.failed:
             out.print(f"{result.name}: {result.failed} requests could not be mapped")
-    slow = next((r.paths.slow() for r in ran if r.name == "two-step" and r.paths is not None), 0)
+    slow = next((r.paths.slow() for r in ran if r.name == "two-step"), 0)
     say(out, f"requests that left the fast path (two-step): {slow}; explained by: {command}")
     print_winner(out, comparison)
     case = CASES.get(comparison.input.removeprefix("case:"))
