@@ -76,3 +76,30 @@ def test_who_has_none_says_so() -> None:
         pytest.raises(UnsupportedError, match=r"^memory buffer: is registered memory, and the strategy is page$"),
     ):
         controller.memory_buffer()
+
+
+def test_a_peer_reads_into_it_and_writes_from_it() -> None:
+    machine, host, _ = rig()
+    medium = Namespace(1, 8192)
+    payload = random.Random(2).randbytes(SIZE)
+    medium.write(0, payload)
+    with (
+        Controller(host, strategy="premap") as owner,
+        Controller(SoftHost(machine=machine, namespaces=[medium]), strategy="premap") as peer,
+        owner.memory_buffer() as buffer,
+        peer.peer_buffer(buffer) as seen,
+    ):
+        peer.namespaces[1].read_into(0, seen)
+        assert bytes(buffer.view) == payload
+        owner.namespaces[1].write(64, buffer)  # out of its own memory: no byte has been in RAM
+        assert owner.namespaces[1].read(64, 2048) == payload
+        buffer.view[:4] = b"CPU!"
+        peer.namespaces[1].write(4096, seen, size=512)
+        assert medium.read(4096, 1) == b"CPU!" + payload[4:512]
+    assert machine.live()["iova_ranges"] == 0
+    _, other, _ = rig()
+    with (
+        Controller(other, strategy="two-step") as controller,
+        pytest.raises(UnsupportedError, match=r"^peer buffer: is registered memory, and the strategy is two-step$"),
+    ):
+        controller.peer_buffer(seen)

@@ -1,9 +1,9 @@
 """The controller memory buffer: memory inside the controller, in one of its BARs, that I/O can use in place.
 
 Data that is read into it and written from it never crosses the bus. The CPU reaches it through the BAR (``view``); a
-peer device reaches the same BAR (``memory.ranges`` are its source-space addresses). The controller itself recognises
-it by the address range that the host gives it (CMBMSC.CBA): an I/O virtual address range that is set aside for it here
-and that nothing else is ever mapped at.
+peer device reaches the same BAR (``memory.ranges``: source-space addresses; ``reach``). The controller itself knows it
+by the address range that the host gives it (CMBMSC.CBA): an I/O virtual address range that is set aside for it here and
+that nothing else is ever mapped at.
 
 Source: NVM Express Base Specification 1.4 and later, CMBLOC, CMBSZ, CMBMSC, CMBSTS. Models ``drivers/nvme/host/pci.c``
 (nvme_map_cmb).
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from dmakit.dma.direction import Direction
 from dmakit.errors import MisuseError, UnsupportedError
 from dmakit.nvme.registers import Capabilities, failure
 from dmakit.nvme.registration import Registration
@@ -47,6 +48,12 @@ class BarMemory:
 
     def release(self) -> None:
         """The BAR stays where it is."""
+
+
+def reach(device: Any, start: int, size: int) -> Registration:
+    """Let ``device`` read and write a peer's memory [start, start + size), until the registration is released."""
+    addr: int = device.map_resource(start, size, Direction.BIDIRECTIONAL)
+    return Registration([(start, size, addr)], lambda: device.unmap_resource(addr, size, Direction.BIDIRECTIONAL))
 
 
 def locate(transport: Transport, capabilities: Capabilities) -> Place:

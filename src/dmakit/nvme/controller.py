@@ -27,7 +27,7 @@ from dmakit.block.request import Request
 from dmakit.errors import DmakitError, MisuseError, UnsupportedError
 from dmakit.nvme.batch import BatchQueue
 from dmakit.nvme.buffers import DmaBuffer
-from dmakit.nvme.cmb import enable, locate
+from dmakit.nvme.cmb import BarMemory, enable, locate, reach
 from dmakit.nvme.driver import NvmeDriver
 from dmakit.nvme.handle import Namespace
 from dmakit.nvme.identify import ControllerFacts
@@ -140,10 +140,7 @@ class Controller:
 
         UnsupportedError when there is none. Free it before another is made; a reset switches it off: free it then.
         """
-        self._check()
-        mapper, transport = self.driver.mapper, self.driver.transport
-        if not isinstance(mapper, PremapMapper):
-            raise UnsupportedError(f"memory buffer: is registered memory, and the strategy is {self.driver.strategy}")
+        mapper, transport = self._premap("memory buffer"), self.driver.transport
         memory, registration = enable(transport, locate(transport, self.driver.started().capabilities))
         offer = mapper.add(registration)
         ((start, size),) = memory.ranges
@@ -151,6 +148,25 @@ class Controller:
         buffer = DmaBuffer(memory, view, offer, self._forget)
         self.buffers.add(buffer)
         return buffer
+
+    def peer_buffer(self, buffer: DmaBuffer) -> DmaBuffer:
+        """Another controller's memory buffer as a buffer of this one: I/O on it goes from device to device.
+
+        Strategies ``premap`` and ``auto``; both controllers are on one machine. UnsupportedError where the host cannot let a device reach
+        another's memory. Free it before ``buffer``.
+        """
+        mapper = self._premap("peer buffer")
+        ((start, size),) = buffer.pieces()
+        offer = mapper.add(reach(self.driver.device, start, size))
+        made = DmaBuffer(BarMemory(start, size), memoryview(buffer.view), offer, self._forget)
+        self.buffers.add(made)
+        return made
+
+    def _premap(self, what: str) -> PremapMapper:
+        self._check()
+        if not isinstance(self.driver.mapper, PremapMapper):
+            raise UnsupportedError(f"{what}: is registered memory, and the strategy is {self.driver.strategy}")
+        return self.driver.mapper
 
     def _forget(self, buffer: DmaBuffer) -> None:
         self.buffers.discard(buffer)
