@@ -1,15 +1,18 @@
 """The platforms that the driver's contract tests run on, without a line of difference: what ``Controller.open`` takes.
 
 ``soft``: the software machine. ``type1``, ``iommufd``: the same controller model behind a fake VFIO device, whose
-registers, mappings and interrupts go through the code that talks to a real kernel.
+registers, mappings and interrupts go through the code that talks to a real kernel; in the test VM QEMU's drive behind
+that kernel, where what only a model can do (bad blocks, faults, counters) is gated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from tests.support.gates import gate
+from tests.support.platforms import IN_GUEST, PLATFORMS
 from tests.support.vfio.devices import FakeNvme
 from tests.support.vfio.host import FakeHost
 
@@ -20,7 +23,7 @@ from dmakit.nvme.software import SoftHost
 from dmakit.platform.linux.machine import Machine as LinuxMachine
 from dmakit.platform.soft import Machine as SoftMachine
 
-PLATFORMS = ("soft", "type1", "iommufd")
+__all__ = ["PLATFORMS", "World", "world"]
 BDF = "0000:00:04.0"
 BLOCKS = 8192
 
@@ -49,6 +52,11 @@ class World:
             "soft", machine=self.soft, namespaces=[self.space], build=self.build, **self.model_options, **options
         )
 
+    @property
+    def blocks(self) -> int:
+        """Blocks of the namespace."""
+        return BLOCKS
+
     @staticmethod
     def model(controller: Controller) -> ControllerModel:
         """The model behind an open controller."""
@@ -57,6 +65,10 @@ class World:
             return host.model
         found: ControllerModel = host.machine.kernel.devices[BDF].controller
         return found
+
+    def abandon(self) -> None:
+        """The test has failed, or was gated: whatever is left goes."""
+        self.machine.close()
 
     def check_nothing_left(self) -> None:
         """Every mapping, pin, file and page is back; the device touched nothing that was not its own."""
@@ -75,6 +87,73 @@ class World:
 @contextmanager
 def world(platform: str, **options: Any) -> Iterator[World]:
     """A platform; afterwards nothing may be left."""
-    made = World(platform, **options)
-    yield made
+    made = GuestWorld(platform, **options) if IN_GUEST and platform != "soft" else World(platform, **options)
+    try:
+        yield made
+    except BaseException:
+        made.abandon()
+        raise
     made.check_nothing_left()
+
+
+class _Medium:
+    """What the real drive holds, read and written through the controller that is open."""
+
+    def __init__(self, world: GuestWorld) -> None:
+        self.world = world
+
+    def read(self, lba: int, blocks: int) -> bytes:
+        """Through bytes of the driver's own, not through the caller's buffers."""
+        return bytes(self.world.current.namespaces[1].read(lba, blocks))
+
+    def write(self, lba: int, data: bytes) -> None:
+        """The same way."""
+        self.world.current.namespaces[1].write(lba, data)
+
+    @property
+    def bad_blocks(self) -> set[int]:
+        gate("bad blocks: QEMU's drive has none")
+
+
+class GuestWorld(World):
+    """QEMU's drive on the test VM's kernel, bound to VFIO while the world lasts."""
+
+    def __init__(self, platform: str, **model: Any) -> None:
+        from tests.vm.guest import vfio_support as guest
+
+        if platform not in guest.BACKENDS:
+            gate(f"{platform}: this kernel has none")
+        if model:
+            gate(f"{', '.join(model)}: QEMU's drive is what it is")
+        self.platform, self.guest, self.undo = platform, guest, ExitStack()
+        self.undo.enter_context(guest.bound(guest.NVME))
+        self.before = guest.descriptors(), guest.pinned()
+        self.machine: Any = LinuxMachine(ram="64M", backend=platform)
+        self.space: Any = _Medium(self)
+        self.current: Any = None
+
+    def open(self, **options: Any) -> Controller:
+        first, self.current = self.current is None, Controller.open(self.guest.NVME, machine=self.machine, **options)
+        if first:
+            self.current.namespaces[1].write_zeroes(0, BLOCKS)
+        made: Controller = self.current
+        return made
+
+    @property
+    def blocks(self) -> int:
+        return int(self.current.namespaces[1].blocks)
+
+    @staticmethod
+    def model(controller: Controller) -> ControllerModel:
+        gate("the controller model: this controller is QEMU's")
+
+    def abandon(self) -> None:
+        with self.undo:
+            self.machine.close()
+
+    def check_nothing_left(self) -> None:
+        with self.undo:
+            live = self.machine.live()
+            self.machine.close()
+            assert live["iova_ranges"] == live["mappings"] == 0
+            assert (self.guest.descriptors(), self.guest.pinned()) == self.before

@@ -37,8 +37,8 @@ class Boot:
 
 GUEST = ("tests/vm/guest",)
 # What must hold on the guest's Python and processor as well: on the software machine, and where it is portable on VFIO.
-PORTABLE = ("tests/memory", "tests/dma")
-ON_VFIO = ("tests/dma", "-m", "portable", "-k", "type1 or iommufd")
+PORTABLE = ("tests/memory", "tests/dma", "tests/nvme/test_controller.py")
+ON_VFIO = ("tests/dma", "tests/nvme/test_controller.py", "-m", "portable", "-k", "type1 or iommufd")
 LEVELS = ("quick", "ci", "full")
 LONGER = 6  # times that a boot of the full matrix may take
 CI_ON_DEBIAN = ("vtd-lazy", "amd")
