@@ -88,7 +88,7 @@ def command(machine: Machine, kernel: Path, initrd: Path, shares: dict[str, Path
     argv += ["-smp", str(machine.processors), "-m", f"{machine.memory}M"]
     argv += ["-object", f"memory-backend-memfd,id=ram,size={machine.memory}M,share=on"]
     argv += variant.devices
-    argv += ["-serial", f"file:{scratch / 'console'}", "-serial", "stdio"]
+    argv += ["-serial", f"file:{scratch / 'console'}", "-serial", "stdio", *_monitor(scratch / "qmp")]
     for number, (name, image) in enumerate((("root", parts.image()), ("core", parts.core()))):
         file = next(image.ensure().glob("*.ext4"))
         argv += ["-drive", f"if=none,id={name},file={file},format=raw,snapshot=on"]
@@ -102,6 +102,29 @@ def command(machine: Machine, kernel: Path, initrd: Path, shares: dict[str, Path
     return [*argv, *machine.extra, "-kernel", str(kernel), "-initrd", str(initrd), "-append", append]
 
 
+def bad_block(machine: Machine, number: int) -> int:
+    """The one sector of the second drive that cannot be read or written, in its last MiB; 0 for other drives."""
+    return (machine.nvme_mib << 11) - 1000 if number == 1 else 0
+
+
+def _file(drive: Path, bad: int) -> str:
+    """A drive's backing, with an I/O error at sector ``bad``."""
+    cache = "cache=unsafe,discard=unmap"
+    if not bad:
+        return f"file={drive},format=raw,{cache}"
+    errors = "".join(
+        f",file.inject-error.{n}.event={event},file.inject-error.{n}.sector={bad},file.inject-error.{n}.errno=5"
+        for n, event in enumerate(("read_aio", "write_aio"))
+    )
+    return f"driver=raw,file.driver=blkdebug,file.image.driver=file,file.image.filename={drive}{errors},{cache}"
+
+
+def _monitor(path: Path) -> list[str]:
+    """QEMU's monitor (QMP) on the guest's third serial line: QEMU is both ends of the socket between them."""
+    server = ["-chardev", f"socket,id=monitor,path={path},server=on,wait=off", "-mon", "chardev=monitor,mode=control"]
+    return [*server, "-chardev", f"socket,id=line,path={path}", "-serial", "chardev:line"]
+
+
 def _devices(machine: Machine, scratch: Path) -> list[str]:
     """The devices under test."""
     argv: list[str] = []
@@ -111,6 +134,6 @@ def _devices(machine: Machine, scratch: Path) -> list[str]:
             file.truncate(machine.nvme_mib << 20)
         props = f",{machine.nvme_props}" if machine.nvme_props else ""
         buffer = ",cmb_size_mb=64" if machine.cmb and number == min(1, machine.nvme - 1) else ""
-        argv += ["-drive", f"if=none,id=nvme{number},file={drive},format=raw,cache=unsafe,discard=unmap"]
+        argv += ["-drive", f"if=none,id=nvme{number},{_file(drive, bad_block(machine, number))}"]
         argv += ["-device", f"nvme,drive=nvme{number},serial=DMAKIT{number},addr={4 + number:x}{buffer}{props}"]
     return [*argv, "-device", "edu,addr=10"] if machine.edu else argv

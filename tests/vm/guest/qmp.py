@@ -6,6 +6,7 @@ import json
 import os
 import select
 import termios
+import time
 import tty
 from types import TracebackType
 from typing import Any
@@ -18,20 +19,31 @@ class Monitor:
 
     def __init__(self) -> None:
         self.fd = os.open(LINE, os.O_RDWR | os.O_NOCTTY)
-        tty.setraw(self.fd)
-        termios.tcflush(self.fd, termios.TCIFLUSH)
         self.rest = b""
-        self("qmp_capabilities")
+        try:
+            tty.setraw(self.fd)
+            time.sleep(
+                0.1
+            )  # the terminal has echoed the greeting, or what it had of it: QEMU complains, 0xff starts anew
+            termios.tcflush(self.fd, termios.TCIFLUSH)
+            os.write(self.fd, b"\xff")
+            self("qmp_capabilities")
+        except BaseException:
+            os.close(self.fd)
+            raise
 
     def __call__(self, command: str, **arguments: Any) -> Any:
         """Run a command; its answer, or AssertionError with QEMU's own words."""
         words = {"execute": command, "id": command, "arguments": arguments}
         os.write(self.fd, json.dumps(words).encode() + b"\n")
         while True:
-            answer = json.loads(self._line())
+            try:
+                answer = json.loads(self._line())
+            except ValueError:
+                continue  # the rest of a line that was cut
             if answer.get("id") == command:
-                gone = "negotiation" if command == "qmp_capabilities" else "\0"  # an earlier conversation did it
-                assert "error" not in answer or gone in answer["error"]["desc"], answer["error"]
+                done = command == "qmp_capabilities"  # a second conversation is told that the first one did it
+                assert "error" not in answer or done, answer["error"]
                 return answer.get("return")
 
     def _line(self) -> bytes:
