@@ -53,6 +53,7 @@ COMPILED_MODULES = (
     "dmakit.iommu.formats.vtdss",
     "dmakit.iommu.formats.x86_64",
     "dmakit.iommu.gather",
+    "dmakit.iommu.granularity",
     "dmakit.iommu.invalidation",
     "dmakit.iommu.iotlb",
     "dmakit.iommu.lane",

@@ -75,6 +75,21 @@ def test_granularities(pages: set[int], coarser: int, finer: int) -> None:
     assert set(fine.pages()) == {(n << finer) + k for n in coarse.pages() for k in range(1 << finer)}
 
 
+@pytest.mark.parametrize("shift", range(11))
+def test_granularities_over_many_blocks(shift: int) -> None:
+    bits = 64 * 331 + 17
+    pages = set(random.Random(shift).sample(range(bits), bits // 50)) | {0, bits - 1} | set(range(4000, 4300))
+    coarse = bitmap_of(pages, bits).coarsened(shift)
+    groups = {page >> shift for page in pages}
+    assert (coarse.bits, set(coarse.pages())) == ((bits - 1 >> shift) + 1, groups)
+    fine = coarse.refined(shift)
+    assert list(fine.runs()) == edges_of({(group << shift) + k for group in groups for k in range(1 << shift)})
+
+
+def edges_of(pages: set[int]) -> list[int]:
+    return sorted({page for page in pages if page - 1 not in pages} | {page + 1 for page in pages} - pages)
+
+
 def test_a_scan_goes_on_where_there_was_no_room() -> None:
     pages = set(random.Random(7).sample(range(BITS), 700))
     bitmap = bitmap_of(pages)
@@ -99,10 +114,9 @@ def test_many_blocks_of_every_density(each: int) -> None:
     bits = 64 * 331 + 17
     pages = set(random.Random(each).sample(range(bits), bits // each))
     bitmap = bitmap_of(pages, bits)
-    edges = sorted({page for page in pages if page - 1 not in pages} | {page + 1 for page in pages} - pages)
     assert bitmap.count() == len(pages)
     assert list(bitmap.pages()) == sorted(pages)
-    assert list(bitmap.runs()) == edges
+    assert list(bitmap.runs()) == edges_of(pages)
     for start in (1, 63, 64, 65, 330, 331, 332):
         out = array("Q", bytes(8 * (bits + 66)))
         count, word = bitmap.scan_pages(out, start)

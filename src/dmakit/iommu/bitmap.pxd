@@ -1,11 +1,6 @@
 cdef extern from *:
     """
     #define _prefetch_to_write(place) __builtin_prefetch(place, 1)
-    #define _BY_1 0x5555555555555555ULL
-    #define _EACH_4 0x1111111111111111ULL
-    #define _EACH_8 0x0101010101010101ULL
-    #define _EACH_16 0x0001000100010001ULL
-    #define _EACH_32 0x0000000100000001ULL
     #define _LOW_63 0x7FFFFFFFFFFFFFFFULL
     #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__)
     #define DMAKIT_EACH_CPU __attribute__((target_clones("popcnt", "default")))
@@ -14,11 +9,6 @@ cdef extern from *:
     #endif
     """
     ctypedef unsigned long long total_t "DMAKIT_EACH_CPU unsigned long long"
-    const unsigned long long _BY_1
-    const unsigned long long _EACH_4
-    const unsigned long long _EACH_8
-    const unsigned long long _EACH_16
-    const unsigned long long _EACH_32
     const unsigned long long _LOW_63
     int __builtin_popcountll(unsigned long long) noexcept nogil
     int __builtin_ctzll(unsigned long long) noexcept nogil
@@ -37,16 +27,10 @@ cdef void _clear_range(unsigned long long[::1] words, unsigned long long first,
                        unsigned long long last) noexcept nogil
 cdef inline Py_ssize_t _emit(unsigned long long word, unsigned long long base, unsigned long long[::1] out,
                              Py_ssize_t at) noexcept nogil
-cdef inline Py_ssize_t _occupied(unsigned long long[::1] words, unsigned short[::1] places,
-                                 unsigned long long[::1] out, Py_ssize_t at) noexcept nogil
-cdef unsigned long long _fields(int width, int shift) noexcept nogil
-cdef unsigned long long _fold(unsigned long long word, int shift) noexcept nogil
-cdef void _coarsen(unsigned long long[::1] words, unsigned long long[::1] out, int shift,
-                   unsigned long long[::1] fields) noexcept nogil
-cdef void _refine(unsigned long long[::1] words, unsigned long long[::1] out, int shift,
-                  unsigned long long[::1] fields) noexcept nogil
-cdef void _convert(unsigned long long[::1] words, unsigned long long[::1] out, int shift,
-                   unsigned long long[::1] fields, bint finer) noexcept
+cdef inline Py_ssize_t _thin(unsigned long long[::1] words, unsigned short[::1] places, unsigned long long[::1] out,
+                             Py_ssize_t at) noexcept nogil
+cdef inline Py_ssize_t _thin_edges(unsigned long long[::1] words, unsigned short[::1] places,
+                                   unsigned long long[::1] edges, unsigned long long before) noexcept nogil
 
 cdef class Bitmap:
     cdef readonly unsigned long long bits
@@ -56,5 +40,5 @@ cdef class Bitmap:
     cdef Py_ssize_t _set_many(self, unsigned long long[::1] pages)
     cdef Py_ssize_t _scan_pages(self, unsigned long long[::1] marks, Py_ssize_t start,
                                 unsigned long long[::1] out, unsigned short[::1] places) noexcept
-    cdef Py_ssize_t _scan_runs(self, unsigned long long[::1] marks, Py_ssize_t start,
-                               unsigned long long[::1] out) noexcept
+    cdef Py_ssize_t _scan_runs(self, unsigned long long[::1] marks, Py_ssize_t start, unsigned long long[::1] out,
+                               unsigned short[::1] places, unsigned long long[::1] edges) noexcept

@@ -16,8 +16,8 @@ Each pass runs at the speed of memory, without a Python object a word and withou
   branch. ``out`` needs room for a whole word, thus at least 64 items. Blocks are short, so that reading and writing
   take turns often enough for both streams to stay busy; both are asked for while thinning.
 * *Runs*: the same, on the bits of ``word ^ (word << 1 | last bit of the word before)``: they are where runs begin and,
-  in turn, end.
-* *Convert*: groups of ``2**shift`` bits are folded, then squeezed together in log steps (and the reverse).
+  in turn, end. They are made while thinning.
+* *Convert*: see ``granularity.py``.
 
 The same object is not to be changed by two threads at a time; different objects may.
 """
@@ -34,14 +34,12 @@ from dmakit.iova.arguments import words as as_words
 from dmakit.iova.arrays import zeroed
 
 if cython.compiled:
+    from cython.cimports.dmakit.iommu.granularity import coarsen, refine
     from cython.cimports.libc.string import memset
 else:
+    from dmakit.iommu.granularity import coarsen, refine
+
     total_t = cython.ulonglong
-    _BY_1 = 0x5555555555555555
-    _EACH_4 = 0x1111111111111111
-    _EACH_8 = 0x0101010101010101
-    _EACH_16 = 0x0001000100010001
-    _EACH_32 = 0x0000000100000001
     _LOW_63 = 0x7FFFFFFFFFFFFFFF
 
     def __builtin_prefetch(place: int) -> None:
@@ -163,7 +161,7 @@ def _emit(
     return at
 
 
-def _occupied(
+def _thin(
     words: memoryview[int], places: memoryview[int], out: memoryview[int], at: cython.Py_ssize_t
 ) -> cython.Py_ssize_t:
     """Write the positions of the words that are not 0 to ``places``; how many they are.
@@ -182,81 +180,34 @@ def _occupied(
             places[found] = j
             found += words[j] != 0
         i += 8
-    while i < n:
-        places[found] = i
-        found += words[i] != 0
-        i += 1
+    for j in range(i, n):
+        places[found] = j
+        found += words[j] != 0
     return found
 
 
-def _fields(width: cython.int, shift: cython.int) -> cython.ulonglong:
-    """Ones in fields of ``width`` bits, ``width << shift`` apart, in 64 bits."""
-    fields: cython.ulonglong = _mask(0, width)
-    step: cython.int = width << shift
-    while step < 64:
-        fields |= fields << step
-        step <<= 1
-    return fields
-
-
-def _fold(word: cython.ulonglong, shift: cython.int) -> cython.ulonglong:
-    """Each group of 1 << shift bits (shift 0 to 6) as one bit, at the bottom of the group."""
-    if shift >= 1:
-        word = (word | word >> 1) & _BY_1
-    if shift >= 2:
-        word = (word | word >> 2) & _EACH_4
-    if shift >= 3:
-        word = (word | word >> 4) & _EACH_8
-    if shift >= 4:
-        word = (word | word >> 8) & _EACH_16
-    if shift >= 5:
-        word = (word | word >> 16) & _EACH_32
-    if shift >= 6:
-        word = (word | word >> 32) & 1
-    return word
-
-
-def _coarsen(words: memoryview[int], out: memoryview[int], shift: cython.int, fields: memoryview[int]) -> cython.void:
-    """OR each group of 1 << shift bits of ``words`` into one bit of ``out``, which is 0 before.
-
-    ``fields[k]``: ones in fields of ``1 << k`` bits; a folded word is squeezed by joining neighbouring fields.
-    """
-    inner: cython.int = min(shift, 6)
-    part: cython.int = 64 >> inner
-    i: cython.Py_ssize_t = 0
+def _thin_edges(
+    words: memoryview[int], places: memoryview[int], edges: memoryview[int], before: cython.ulonglong
+) -> cython.Py_ssize_t:
+    """``_thin`` for the bits where runs begin and end, kept in ``edges``; ``before``: the bit before the first word."""
     n: cython.Py_ssize_t = len(words)
-    one: cython.ulonglong = 1
-    while i < n:
-        word: cython.ulonglong = _fold(words[i], inner)
-        k: cython.int = 0
-        while k < 6 - inner:
-            word = (word | word >> ((one << (k + inner)) - (one << k))) & fields[k + 1]
-            k += 1
-        bit: cython.Py_ssize_t = (i * part) >> (shift - inner)
-        out[bit >> 6] |= word << (bit & 63)
-        i += 1
-
-
-def _refine(words: memoryview[int], out: memoryview[int], shift: cython.int, fields: memoryview[int]) -> cython.void:
-    """Write each bit of ``words`` as 1 << shift bits of ``out``, as many as ``out`` holds."""
-    inner: cython.int = min(shift, 6)
-    part: cython.int = 64 >> inner
     i: cython.Py_ssize_t = 0
-    n: cython.Py_ssize_t = len(out)
-    one: cython.ulonglong = 1
+    j: cython.Py_ssize_t = 0
+    found: cython.Py_ssize_t = 0
+    word: cython.ulonglong = 0
+    edge: cython.ulonglong = 0
     while i < n:
-        bit: cython.Py_ssize_t = (i * part) >> (shift - inner)
-        word: cython.ulonglong = (words[bit >> 6] >> (bit & 63)) & _mask(0, part)
-        k: cython.int = 5 - inner
-        while k >= 0:
-            word = (word | word << ((one << (k + inner)) - (one << k))) & fields[k]
-            k -= 1
-        if inner == 6:
-            word = _mask(0, 64) if word != 0 else 0
-        else:
-            word = (word << (one << inner)) - word
-        out[i] = word
-        i += 1
+        if cython.compiled:
+            __builtin_prefetch(cython.address(words[i]) + 512)
+        for j in range(i, min(i + 8, n)):
+            word = words[j]
+            edge = word ^ (((word & _LOW_63) << 1) | before)
+            edges[found] = edge
+            places[found] = j
+            found += edge != 0
+            before = word >> 63
+        i += 8
+    return found
 
 
 def _clear_words(words: int, bits: int) -> memoryview[int]:
@@ -358,7 +309,8 @@ class Bitmap:
         the end when that word is ``len(words)``.
         """
         room = self._room(out)
-        found = self._scan_pages(self.marks, within("start", start, 0, len(self.words)), room, zeroed("H", _BLOCK + 1))
+        first = within("start", start, 0, len(self.words))
+        found = self._scan_pages(self.marks, first, room, zeroed("H", _BLOCK))
         return int(found), int(self.stop)
 
     def scan_runs(self, out: object, start: SupportsIndex = 0) -> tuple[int, int]:
@@ -367,8 +319,9 @@ class Bitmap:
         (how many runs, the word to go on from) as in ``scan_pages``; a run still open where the scan stops ends there.
         """
         room = self._room(out, 66)
-        found = self._scan_runs(self.marks, within("start", start, 0, len(self.words)), room)
-        return int(found), int(self.stop)
+        first = within("start", start, 0, len(self.words))
+        found = self._scan_runs(self.marks, first, room, zeroed("H", _BLOCK), zeroed("Q", _BLOCK))
+        return int(found) >> 1, int(self.stop)
 
     def pages(self) -> memoryview[int]:
         """The numbers of all set bits, ascending."""
@@ -384,7 +337,7 @@ class Bitmap:
         """A bitmap of groups of ``1 << shift`` pages: a group is dirty when any page of it is."""
         by = within("shift", shift, 0, _MOST_SHIFT)
         result = Bitmap((self.bits + (1 << by) - 1) >> by)
-        _convert(self.marks, result.marks, by, _masks(by), False)
+        coarsen(self.marks, result.marks, by)
         return result
 
     def refined(self, shift: SupportsIndex) -> Bitmap:
@@ -393,7 +346,7 @@ class Bitmap:
         if self.bits << by > _MOST:
             raise MisuseError(f"shift={by}: {self.bits} bits become more than {_MOST}")
         result = Bitmap(self.bits << by)
-        _convert(self.marks, result.marks, by, _masks(by), True)
+        refine(self.marks, result.marks, by)
         return result
 
     def _same(self, other: Bitmap) -> None:
@@ -420,7 +373,7 @@ class Bitmap:
         found: cython.Py_ssize_t = 0
         with cython.nogil:
             while i < n and at <= last:
-                found = _occupied(marks[i : min(i + _BLOCK, n)], places, out, at)
+                found = _thin(marks[i : min(i + _BLOCK, n)], places, out, at)
                 j = 0
                 while j < found and at <= last:
                     at = _emit(marks[i + places[j]], (i + places[j]) << 6, out, at)
@@ -429,45 +382,33 @@ class Bitmap:
         self.stop = i
         return at
 
-    def _scan_runs(self, marks: memoryview[int], start: cython.Py_ssize_t, out: memoryview[int]) -> cython.Py_ssize_t:
-        """``scan_runs``: the number of runs; ``stop`` is the word to go on from."""
+    def _scan_runs(
+        self,
+        marks: memoryview[int],
+        start: cython.Py_ssize_t,
+        out: memoryview[int],
+        places: memoryview[int],
+        edges: memoryview[int],
+    ) -> cython.Py_ssize_t:
+        """``scan_runs``: the items written; ``stop`` is the word to go on from. Scratch: two, a block long."""
         n: cython.Py_ssize_t = len(marks)
         i: cython.Py_ssize_t = start
+        j: cython.Py_ssize_t = 0
         at: cython.Py_ssize_t = 0
         last: cython.Py_ssize_t = len(out) - 65
+        found: cython.Py_ssize_t = 0
         before: cython.ulonglong = 0  # the last bit of the word before
-        word: cython.ulonglong = 0
-        edges: cython.ulonglong = 0
         with cython.nogil:
             while i < n and at <= last:
-                word = marks[i]
-                edges = word ^ (((word & _LOW_63) << 1) | before)
-                before = word >> 63
-                if edges != 0:
-                    at = _emit(edges, i << 6, out, at)
-                i += 1
+                found = _thin_edges(marks[i : min(i + _BLOCK, n)], places, edges, before)
+                j = 0
+                while j < found and at <= last:
+                    at = _emit(edges[j], (i + places[j]) << 6, out, at)
+                    j += 1
+                i = i + places[j] if j < found else min(i + _BLOCK, n)
+                before = marks[i - 1] >> 63
             if before != 0:
                 out[at] = i << 6
                 at += 1
         self.stop = i
-        return at >> 1
-
-
-def _masks(shift: int) -> memoryview[int]:
-    """The ``fields`` of ``_coarsen`` and ``_refine`` for ``shift``."""
-    inner = min(shift, 6)
-    fields = zeroed("Q", 7)
-    for k in range(7 - inner):
-        fields[k] = _fields(1 << k, inner)
-    return fields
-
-
-def _convert(
-    words: memoryview[int], out: memoryview[int], shift: cython.int, fields: memoryview[int], finer: cython.bint
-) -> cython.void:
-    """``_refine`` or ``_coarsen`` without the GIL."""
-    with cython.nogil:
-        if finer:
-            _refine(words, out, shift, fields)
-        else:
-            _coarsen(words, out, shift, fields)
+        return at
