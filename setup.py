@@ -67,7 +67,7 @@ DIRECTIVES = {
 def compiler() -> str:
     """The C compiler command, or '' when a C file that includes Python.h cannot be compiled here."""
     if os.environ.get("DMAKIT_BUILD") == "zig":
-        command = f"{sys.executable} -m ziglang cc"
+        command = f"{sys.executable} -m ziglang cc -mcpu=baseline"  # its default is the processor of this machine
     else:
         command = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
         if shutil.which(command.split()[0]) is None:

@@ -152,8 +152,8 @@ class Controller:
     def peer_buffer(self, buffer: DmaBuffer) -> DmaBuffer:
         """Another controller's memory buffer as a buffer of this one: I/O on it goes from device to device.
 
-        Strategies ``premap`` and ``auto``; both controllers are on one machine. UnsupportedError where the host cannot let a device reach
-        another's memory. Free it before ``buffer``.
+        Strategies ``premap`` and ``auto``; both controllers are on one machine. UnsupportedError where the host cannot
+        let a device reach another's memory. Free it before ``buffer``.
         """
         mapper = self._premap("peer buffer")
         ((start, size),) = buffer.pieces()
