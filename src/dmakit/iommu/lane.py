@@ -207,10 +207,9 @@ class BatchLane:
 
     def _once(self, page: cython.ulonglong, first: cython.Py_ssize_t, tag: cython.ulonglong) -> cython.ulonglong:
         """The word of a plain leaf whose table the set at ``first`` of the paging-structure cache holds, or 0."""
-        way: cython.Py_ssize_t = first
-        way += self.psc_tags[first + 1] == tag
-        way += 2 * (self.psc_tags[first + 2] == tag)
-        way += 3 * (self.psc_tags[first + 3] == tag)
+        last: cython.Py_ssize_t = self.psc_tags[first + 3] == tag  # added twice: three times it would become a jump
+        way: cython.Py_ssize_t = first + (self.psc_tags[first + 1] == tag) + last
+        way += 2 * ((self.psc_tags[first + 2] == tag) + last)
         known: cython.ulonglong = self.psc_values[way]
         leaf: cython.ulonglong = self.words[(known >> 12 << 9) + (page & 511)]
         if leaf & self.plain != self.plain or known & TR_BOTH != TR_BOTH:
@@ -331,7 +330,7 @@ class BatchLane:
         """Note the use of a table in the paging-structure cache."""
         if self.psc.touch:
             self.psc._renew(way)
-            if way // self.psc_ways == self.top_set:
+            if way ^ self.top_way < self.psc_ways:  # both stand in one set
                 self.top_newest = False
 
     def _renew_top(self) -> cython.void:
