@@ -178,7 +178,7 @@ class BatchLane:
         self.plain = self.above | self.dirty
         self._look_full()
         self.top = _NOWHERE
-        self.top_table = self.top_set = 0
+        self.top_table = self.top_set = self.top_way = 0
         self.hits = self.once = self.others = self.psc_others = 0
 
     def _look_full(self) -> cython.void:
