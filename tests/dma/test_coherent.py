@@ -35,7 +35,8 @@ def test_memory_is_taken_in_the_largest_leaves_and_falls_back() -> None:
     machine, device = world({"ram": "128M"})
     with Counted(machine) as spent, device.alloc_coherent((4 << 20) + PAGE) as memory:
         orders = [order for _, _, order in memory._blocks]
-    assert orders == [9, 9, 0] and spent["pte_set_1"] == 1
+    every = device.domain.page_sizes >> 22 & 1  # AMD's tables have leaves of every size, and type1 says so
+    assert orders == ([10, 0] if every else [9, 9, 0]) and spent["pte_set_1"] == 1
     with device.alloc_coherent(4 << 20, Attrs.ALLOC_SINGLE_PAGES) as memory:
         assert {order for _, _, order in memory._blocks} == {0}
     with device.alloc_coherent(3 * PAGE, Attrs.FORCE_CONTIGUOUS) as memory:
