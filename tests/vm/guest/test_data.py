@@ -94,13 +94,16 @@ def test_verify_finds_every_byte(backend: str, strategy: str) -> None:
 def test_every_strategy_reads_what_one_wrote(backend: str, sgl: bool) -> None:
     dice = chance("same data", backend, sgl)
     data = {"total": SIZE, "first": dice.randrange(1 << 16), "seed": dice.getrandbits(20)}
+    listed = 0
     for number, strategy in enumerate(dice.sample(STRATEGIES, len(STRATEGIES))):
         deep = dice.choice((2, 17, 64, 255))
         options = {"strategy": strategy, "use_sgl": sgl, "queues": dice.randint(1, 3), "depth": deep}
         with held(NVME[0]), nvme.Controller.open(NVME[0], backend=backend, ram="192M", **options) as controller:
             report = Verifier(controller, 1, depth=dice.randint(1, 48), **data).run(write=number == 0)
         assert report.good and report.bytes_compared == SIZE, (options, report)
-        assert (report.sgl_commands > 0) == sgl and report.prp_commands > 0, (options, report)
+        assert report.prp_commands > 0 and (sgl or report.sgl_commands == 0), (options, report)
+        listed += report.sgl_commands
+    assert (listed > 0) == sgl  # page and premap need them for gaps only, which a few MiB may not have
 
 
 @LONG
