@@ -1,3 +1,5 @@
+from dmakit.consts cimport *
+
 cdef class Ledger:
     cdef readonly int cpus
     cdef readonly long long[::1] counts

@@ -18,9 +18,7 @@ import cython
 from dmakit import consts
 from dmakit.errors import MisuseError
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import L_LOCK_RBTREE, N_LEDGER
-else:
+if not cython.compiled:
     from dmakit.consts import L_LOCK_RBTREE, N_LEDGER
 
 MOST_CPUS = 65536

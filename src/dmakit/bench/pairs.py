@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import cython
 
-if cython.compiled:
-    from cython.cimports.dmakit.iova.allocator import IovaAllocator
-    from cython.cimports.dmakit.iova.shared import SharedDomain
-else:
+if not cython.compiled:
     from dmakit.iova.allocator import IovaAllocator
     from dmakit.iova.shared import SharedDomain
 

@@ -1,5 +1,6 @@
-from dmakit.block.request cimport Payload
+from dmakit.block.request cimport Payload, Request
 from dmakit.block.segments cimport SegmentIter
+from dmakit.consts cimport *
 from dmakit.dma.iova_state cimport IovaState
 from dmakit.dma.streaming cimport Streaming
 

@@ -26,19 +26,7 @@ from dmakit.dma.report import link_error, map_error
 from dmakit.errors import DmakitError, MisuseError
 from dmakit.reasons import Reason
 
-if cython.compiled:
-    from cython.cimports.dmakit.block.request import Payload, Request
-    from cython.cimports.dmakit.block.segments import SegmentIter
-    from cython.cimports.dmakit.consts import (
-        ATTR_MMIO,
-        P2P_MAP_BUS_ADDR,
-        P2P_MAP_NONE,
-        P2P_MAP_NOT_SUPPORTED,
-        P2P_MAP_THRU_HOST_BRIDGE,
-    )
-    from cython.cimports.dmakit.dma.iova_state import IovaState
-    from cython.cimports.dmakit.dma.streaming import Streaming
-else:
+if not cython.compiled:
     from dmakit.block.request import Payload, Request
     from dmakit.block.segments import SegmentIter
     from dmakit.consts import (

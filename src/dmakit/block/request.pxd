@@ -1,4 +1,5 @@
-from dmakit.block.segments cimport SegmentIter
+from dmakit.block.segments cimport SegmentIter, gap_between, lowest_bit, mergeable, segment_room, smaller_bit
+from dmakit.consts cimport *
 
 cdef class Payload:
     cdef readonly unsigned long long[::1] phys

@@ -24,17 +24,7 @@ from dmakit.block.limits import SECTOR_SHIFT, QueueLimits
 from dmakit.errors import MisuseError
 from dmakit.iova.arguments import pairs
 
-if cython.compiled:
-    from cython.cimports.dmakit.block.segments import (
-        SegmentIter,
-        gap_between,
-        lowest_bit,
-        mergeable,
-        segment_room,
-        smaller_bit,
-    )
-    from cython.cimports.dmakit.consts import DMA_FROM_DEVICE, DMA_NONE, DMA_TO_DEVICE
-else:
+if not cython.compiled:
     from dmakit.block.segments import SegmentIter, gap_between, lowest_bit, mergeable, segment_room, smaller_bit
     from dmakit.consts import DMA_FROM_DEVICE, DMA_NONE, DMA_TO_DEVICE
 

@@ -1,3 +1,5 @@
+from dmakit.consts cimport *
+
 cpdef unsigned long long gap_between(unsigned long long phys, unsigned long long length, unsigned long long following) noexcept nogil
 cpdef int lowest_bit(unsigned long long bits) noexcept nogil
 cpdef int smaller_bit(int first, int second) noexcept nogil

@@ -20,9 +20,7 @@ from array import array
 
 import cython
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import PAGE_MASK_LOW
-else:
+if not cython.compiled:
     from dmakit.consts import PAGE_MASK_LOW
 
 

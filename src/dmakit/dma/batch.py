@@ -17,10 +17,7 @@ from dmakit.dma.report import link_error, map_error
 from dmakit.errors import MisuseError
 from dmakit.iova.arguments import words
 
-if cython.compiled:
-    from cython.cimports.dmakit.dma.iova_state import IovaState
-    from cython.cimports.dmakit.dma.streaming import Streaming
-else:
+if not cython.compiled:
     from dmakit.dma.iova_state import IovaState
     from dmakit.dma.streaming import Streaming
 

@@ -1,3 +1,4 @@
+from dmakit.consts cimport *
 from dmakit.failpoint cimport FailPoint
 from dmakit.iommu.gather cimport Gather
 from dmakit.iommu.space cimport Domain
@@ -7,6 +8,7 @@ from dmakit.ledger cimport Ledger
 from dmakit.memory.physical cimport PhysicalMemory
 from dmakit.p2p.state cimport P2pState
 from dmakit.swiotlb.bounce cimport Swiotlb
+from dmakit.swiotlb.pool cimport SwiotlbPool
 
 cdef unsigned long long MASK_32BIT
 cdef unsigned long long LARGE_LEAF

@@ -31,28 +31,7 @@ from dmakit.errors import MisuseError
 from dmakit.iova.arrays import widened
 from dmakit.reasons import Reason
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        ATTR_MMIO,
-        ATTR_PRIVILEGED,
-        ATTR_SKIP_CPU_SYNC,
-        DMA_BIDIRECTIONAL,
-        DMA_FROM_DEVICE,
-        DMA_TO_DEVICE,
-        EFAULT,
-        ENOMEM,
-        IO_TLB_SHIFT,
-        IO_TLB_SIZE,
-        L_CACHE_CLEAN_BYTES,
-        L_CACHE_INV_BYTES,
-        PROT_CACHE,
-        PROT_MMIO,
-        PROT_PRIV,
-        PROT_READ,
-        PROT_WRITE,
-    )
-    from cython.cimports.dmakit.swiotlb.pool import SwiotlbPool
-else:
+if not cython.compiled:
     from dmakit.consts import (
         ATTR_MMIO,
         ATTR_PRIVILEGED,

@@ -1,3 +1,4 @@
+from dmakit.dma.exact cimport exact, known
 from dmakit.dma.scatter cimport SgMapping
 from dmakit.dma.windows cimport Windows
 

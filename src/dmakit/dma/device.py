@@ -30,11 +30,7 @@ from dmakit.iova.arguments import pairs
 from dmakit.reasons import Reason
 from dmakit.swiotlb.bounce import max_mapping_size
 
-if cython.compiled:
-    from cython.cimports.dmakit.dma.exact import exact, known
-    from cython.cimports.dmakit.dma.scatter import SgMapping
-    from cython.cimports.dmakit.dma.windows import Windows
-else:
+if not cython.compiled:
     from dmakit.dma.exact import exact, known
     from dmakit.dma.scatter import SgMapping
     from dmakit.dma.windows import Windows

@@ -1,4 +1,5 @@
-from dmakit.dma.window cimport IovaWindow
+from dmakit.dma.exact cimport exact, known
+from dmakit.dma.window cimport IovaWindow, SIZE_BITS, USE_SWIOTLB
 
 cdef class IovaState(IovaWindow):
     cdef readonly int cpu

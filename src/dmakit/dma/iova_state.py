@@ -34,10 +34,7 @@ from dmakit.dma.pieces import Piece, one_run, without
 from dmakit.dma.report import cut_error, link_error
 from dmakit.errors import MisuseError
 
-if cython.compiled:
-    from cython.cimports.dmakit.dma.exact import exact, known
-    from cython.cimports.dmakit.dma.window import SIZE_BITS, USE_SWIOTLB, IovaWindow
-else:
+if not cython.compiled:
     from dmakit.dma.exact import exact, known
     from dmakit.dma.window import SIZE_BITS, USE_SWIOTLB, IovaWindow
 

@@ -1,3 +1,4 @@
+from dmakit.consts cimport *
 from dmakit.dma.streaming cimport Streaming
 
 cdef int _IOVA_EXHAUSTED

@@ -27,23 +27,7 @@ from dmakit.dma import defects
 from dmakit.iova.arguments import within
 from dmakit.reasons import Reason
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        ATTR_MMIO,
-        ATTR_SKIP_CPU_SYNC,
-        DMA_NONE,
-        EINVAL,
-        EIO,
-        ENOMEM,
-        EREMOTEIO,
-        L_PASSES,
-        L_SG_CALLS,
-        P2P_MAP_BUS_ADDR,
-        P2P_MAP_NOT_SUPPORTED,
-        P2P_MAP_THRU_HOST_BRIDGE,
-    )
-    from cython.cimports.dmakit.dma.streaming import Streaming
-else:
+if not cython.compiled:
     from dmakit.consts import (
         ATTR_MMIO,
         ATTR_SKIP_CPU_SYNC,

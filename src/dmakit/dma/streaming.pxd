@@ -1,4 +1,5 @@
-from dmakit.dma.core cimport MapCore
+from dmakit.consts cimport *
+from dmakit.dma.core cimport MapCore, WARN_MAP_ALIGN, WARN_UNMAP_NOTHING, WARN_UNMAP_SIZE
 
 cdef int _NO_IOMMU
 cdef int _IDENTITY_DOMAIN

@@ -18,24 +18,7 @@ import cython
 
 from dmakit.reasons import Reason
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        ATTR_MMIO,
-        ATTR_REQUIRE_COHERENT,
-        ATTR_SKIP_CPU_SYNC,
-        DMA_FROM_DEVICE,
-        DMA_NONE,
-        DMA_TO_DEVICE,
-        EINVAL,
-        EIO,
-        ENOMEM,
-        EOPNOTSUPP,
-        EPERM,
-        L_MAP_CALLS,
-        L_UNMAP_CALLS,
-    )
-    from cython.cimports.dmakit.dma.core import WARN_MAP_ALIGN, WARN_UNMAP_NOTHING, WARN_UNMAP_SIZE, MapCore
-else:
+if not cython.compiled:
     from dmakit.consts import (
         ATTR_MMIO,
         ATTR_REQUIRE_COHERENT,

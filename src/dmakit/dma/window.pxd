@@ -1,4 +1,5 @@
-from dmakit.dma.core cimport MapCore
+from dmakit.consts cimport *
+from dmakit.dma.core cimport MapCore, WARN_ALLOC_SIZE, WARN_LINK_BOUNCED, WARN_LINK_START, WARN_UNLINK_SIZE
 
 cdef unsigned long long USE_SWIOTLB
 cdef unsigned long long SIZE_BITS

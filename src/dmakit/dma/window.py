@@ -20,34 +20,7 @@ import cython
 from dmakit.dma import defects
 from dmakit.reasons import Reason
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        ATTR_MMIO,
-        ATTR_REQUIRE_COHERENT,
-        DMA_NONE,
-        EINVAL,
-        EIO,
-        EOPNOTSUPP,
-        EPERM,
-        L_DESTROY_CALLS,
-        L_DOMAIN_MAPS,
-        L_LINK_CALLS,
-        L_PTE_SET_1,
-        L_SYNC_CALLS,
-        L_TRY_ALLOC_CALLS,
-        L_UNLINK_CALLS,
-        PAGE_MASK_LOW,
-        PAGE_SHIFT,
-        PAGE_SIZE,
-    )
-    from cython.cimports.dmakit.dma.core import (
-        WARN_ALLOC_SIZE,
-        WARN_LINK_BOUNCED,
-        WARN_LINK_START,
-        WARN_UNLINK_SIZE,
-        MapCore,
-    )
-else:
+if not cython.compiled:
     from dmakit.consts import (
         ATTR_MMIO,
         ATTR_REQUIRE_COHERENT,

@@ -1,6 +1,7 @@
+from dmakit.dma.exact cimport Words, exact, known, taken
 from dmakit.dma.iova_state cimport IovaState
 from dmakit.dma.scatter cimport Scatter
-from dmakit.dma.window cimport IovaWindow
+from dmakit.dma.window cimport IovaWindow, SIZE_BITS
 
 cdef unsigned long long _ALL_ONES
 cdef unsigned long long _SIGN

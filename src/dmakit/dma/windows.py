@@ -22,12 +22,7 @@ from dmakit.dma.report import link_error, window_error
 from dmakit.errors import DmakitError, MisuseError
 from dmakit.iova.arguments import words
 
-if cython.compiled:
-    from cython.cimports.dmakit.dma.exact import Words, exact, known, taken
-    from cython.cimports.dmakit.dma.iova_state import IovaState
-    from cython.cimports.dmakit.dma.scatter import Scatter
-    from cython.cimports.dmakit.dma.window import SIZE_BITS, IovaWindow
-else:
+if not cython.compiled:
     from dmakit.dma.exact import Words, exact, known, taken
     from dmakit.dma.iova_state import IovaState
     from dmakit.dma.scatter import Scatter

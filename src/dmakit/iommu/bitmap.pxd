@@ -1,3 +1,5 @@
+from dmakit.iommu.granularity cimport coarsen, refine
+
 cdef extern from *:
     """
     #define _prefetch_to_write(place) __builtin_prefetch(place, 1)

@@ -34,7 +34,6 @@ from dmakit.iova.arguments import words as as_words
 from dmakit.iova.arrays import zeroed
 
 if cython.compiled:
-    from cython.cimports.dmakit.iommu.granularity import coarsen, refine
     from cython.cimports.libc.string import memset
 else:
     from dmakit.iommu.granularity import coarsen, refine

@@ -1,3 +1,4 @@
+from dmakit.consts cimport *
 from dmakit.iommu.iotlb cimport Iotlb
 
 cdef class DeviceTlb:

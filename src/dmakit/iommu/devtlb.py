@@ -15,10 +15,7 @@ import cython
 
 from dmakit.errors import MisuseError
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import TR_DIRTY, TR_LEVEL_MASK, TR_LEVEL_SHIFT, TR_READ, TR_WRITE
-    from cython.cimports.dmakit.iommu.iotlb import Iotlb
-else:
+if not cython.compiled:
     from dmakit.consts import TR_DIRTY, TR_LEVEL_MASK, TR_LEVEL_SHIFT, TR_READ, TR_WRITE
     from dmakit.iommu.iotlb import Iotlb
 

@@ -1,5 +1,8 @@
+from dmakit.consts cimport *
+from dmakit.iommu.bitmap cimport set_range
 from dmakit.iommu.gather cimport Gather
 from dmakit.iommu.pagetable cimport PageTable
+from dmakit.iommu.tree cimport level_shift
 
 cdef class LeafBitScan:
     cdef readonly PageTable table

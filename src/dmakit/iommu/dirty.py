@@ -21,13 +21,7 @@ from dmakit.errors import MisuseError, UnsupportedError
 from dmakit.iova.arguments import words
 from dmakit.iova.arrays import zeroed
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import DIRTY_NO_CLEAR, L_PTE_SET_1, PAGE_SIZE, PT_ENTRIES
-    from cython.cimports.dmakit.iommu.bitmap import set_range
-    from cython.cimports.dmakit.iommu.gather import Gather
-    from cython.cimports.dmakit.iommu.pagetable import PageTable
-    from cython.cimports.dmakit.iommu.tree import level_shift
-else:
+if not cython.compiled:
     from dmakit.consts import DIRTY_NO_CLEAR, L_PTE_SET_1, PAGE_SIZE, PT_ENTRIES
     from dmakit.iommu.bitmap import set_range
     from dmakit.iommu.gather import Gather

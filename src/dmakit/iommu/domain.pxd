@@ -1,4 +1,7 @@
+from dmakit.consts cimport *
+from dmakit.iommu.formats.base cimport PtFormat
 from dmakit.iommu.gather cimport Gather
+from dmakit.iommu.pagetable cimport PageTable
 from dmakit.iommu.space cimport Domain
 from dmakit.iommu.tables cimport TablePages
 from dmakit.iommu.unit cimport IommuUnit

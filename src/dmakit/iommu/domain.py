@@ -33,31 +33,7 @@ from dmakit.iommu.space import checked_reserved
 from dmakit.iova.arguments import within, words
 from dmakit.ledger import ROWS
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        CAUSE_OTHER,
-        CAUSE_TABLE,
-        CAUSE_UNMAP,
-        EADDRINUSE,
-        EINVAL,
-        ENOMEM,
-        ENXIO,
-        EOVERFLOW,
-        ERANGE,
-        L_DOMAIN_MAPS,
-        L_DOMAIN_UNMAPS,
-        L_SYNC_MAP,
-        PAGE_SIZE,
-        PROT_READ,
-        PROT_WRITE,
-    )
-    from cython.cimports.dmakit.iommu.formats.base import PtFormat
-    from cython.cimports.dmakit.iommu.gather import Gather
-    from cython.cimports.dmakit.iommu.pagetable import PageTable
-    from cython.cimports.dmakit.iommu.space import Domain
-    from cython.cimports.dmakit.iommu.tables import TablePages
-    from cython.cimports.dmakit.iommu.unit import IommuUnit
-else:
+if not cython.compiled:
     from dmakit.consts import (
         CAUSE_OTHER,
         CAUSE_TABLE,

@@ -1,3 +1,4 @@
+from dmakit.consts cimport *
 from dmakit.ledger cimport Ledger
 
 cdef unsigned long long _iotlb_low(int did, int granularity) noexcept nogil

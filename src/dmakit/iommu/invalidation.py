@@ -28,25 +28,7 @@ import cython
 
 from dmakit.errors import MisuseError
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        L_INV_WAIT,
-        L_LOCK_QI,
-        QI_DEVTLB,
-        QI_DOMAIN,
-        QI_DONE,
-        QI_DRAIN,
-        QI_IEC,
-        QI_IOTLB,
-        QI_LENGTH,
-        QI_PAGE,
-        QI_PIOTLB,
-        QI_STATUS_WRITE,
-        QI_WAIT,
-        WHOLE_MASK,
-    )
-    from cython.cimports.dmakit.ledger import Ledger
-else:
+if not cython.compiled:
     from dmakit.consts import (
         L_INV_WAIT,
         L_LOCK_QI,

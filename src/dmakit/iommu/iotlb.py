@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import cython
 
-if cython.compiled:
-    from cython.cimports.dmakit.iommu.caches import SetCache
-else:
+if not cython.compiled:
     from dmakit.iommu.caches import SetCache
 
 

@@ -1,3 +1,4 @@
+from dmakit.consts cimport *
 from dmakit.iommu.caches cimport SetCache
 from dmakit.iommu.iotlb cimport Iotlb
 from dmakit.ledger cimport Ledger

@@ -21,35 +21,7 @@ import cython
 from dmakit.iova.arguments import words as as_words
 
 if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        CTX_ACCESSED,
-        CTX_ADDRESS,
-        CTX_DIRTY,
-        CTX_LEAF,
-        CTX_PRESENT,
-        CTX_READ,
-        CTX_WIDTH,
-        CTX_WORDS,
-        CTX_WRITE,
-        L_IOTLB_HITS,
-        L_IOTLB_MISSES,
-        L_PSC_HITS,
-        L_WALK_READS,
-        LANE_BLOCK,
-        PAGE_SIZE,
-        TR_BOTH,
-        TR_DIRTY,
-        TR_LEVEL_1,
-        TR_LEVEL_MASK,
-        TR_LEVEL_SHIFT,
-        TR_READ,
-        TR_UNDECIDED,
-        TR_WRITE,
-    )
-    from cython.cimports.dmakit.iommu.caches import SetCache
-    from cython.cimports.dmakit.iommu.iotlb import Iotlb
-    from cython.cimports.dmakit.ledger import Ledger
-    from cython.cimports.dmakit.memory.physical import PhysicalMemory, prefetch
+    from cython.cimports.dmakit.memory.physical import prefetch
 else:
     from dmakit.consts import (
         CTX_ACCESSED,

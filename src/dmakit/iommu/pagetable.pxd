@@ -1,5 +1,8 @@
-from dmakit.iommu.gather cimport Gather
-from dmakit.iommu.tree cimport TableTree
+from dmakit.consts cimport *
+from dmakit.iommu.formats.base cimport PtFormat
+from dmakit.iommu.gather cimport ALL_ONES, Gather
+from dmakit.iommu.tables cimport TablePages
+from dmakit.iommu.tree cimport TableTree, level_shift
 
 cdef class PageTable(TableTree):
     cdef int top_leaf

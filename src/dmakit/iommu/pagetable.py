@@ -23,28 +23,7 @@ import cython
 
 from dmakit.iova.arguments import within
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        EADDRINUSE,
-        EINVAL,
-        ENOMEM,
-        ENXIO,
-        EOVERFLOW,
-        ERANGE,
-        L_PTE_CLEAR_1,
-        L_PTE_SET_1,
-        PAGE_SHIFT,
-        PAGE_SIZE,
-        PROT_READ,
-        PROT_WRITE,
-        PT_ENTRIES,
-        PT_INDEX_BITS,
-    )
-    from cython.cimports.dmakit.iommu.formats.base import PtFormat
-    from cython.cimports.dmakit.iommu.gather import ALL_ONES, Gather
-    from cython.cimports.dmakit.iommu.tables import TablePages
-    from cython.cimports.dmakit.iommu.tree import TableTree, level_shift
-else:
+if not cython.compiled:
     from dmakit.consts import (
         EADDRINUSE,
         EINVAL,

@@ -1,3 +1,4 @@
+from dmakit.consts cimport *
 from dmakit.iommu.devtlb cimport DeviceTlb
 from dmakit.iommu.unit cimport IommuUnit
 from dmakit.memory.physical cimport PhysicalMemory

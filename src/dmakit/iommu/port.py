@@ -29,10 +29,6 @@ from dmakit.memory.cache import CpuCache
 
 if cython.compiled:
     from cython.cimports.cpython.bytes import PyBytes_AS_STRING, PyBytes_FromStringAndSize
-    from cython.cimports.dmakit.consts import PAGE_MASK_LOW, PAGE_SIZE
-    from cython.cimports.dmakit.iommu.devtlb import DeviceTlb
-    from cython.cimports.dmakit.iommu.unit import IommuUnit
-    from cython.cimports.dmakit.memory.physical import PhysicalMemory
     from cython.cimports.libc.string import memcpy, memmove
 else:
     from dmakit.consts import PAGE_MASK_LOW, PAGE_SIZE

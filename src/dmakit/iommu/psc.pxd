@@ -1,3 +1,4 @@
+from dmakit.consts cimport *
 from dmakit.iommu.caches cimport SetCache
 
 cdef class PagingStructureCache(SetCache):

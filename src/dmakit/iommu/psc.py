@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import cython
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import TR_LEVEL_SHIFT
-    from cython.cimports.dmakit.iommu.caches import SetCache
-else:
+if not cython.compiled:
     from dmakit.consts import TR_LEVEL_SHIFT
     from dmakit.iommu.caches import SetCache
 

@@ -1,3 +1,4 @@
+from dmakit.consts cimport *
 from dmakit.iommu.gather cimport Gather
 from dmakit.iommu.pagetable cimport PageTable
 from dmakit.iova.flush_queue cimport FlushTarget

@@ -31,11 +31,6 @@ from dmakit.iova.arguments import pairs, within
 
 if cython.compiled:
     from cython.cimports.cpython.long import PyLong_AsLongLongAndOverflow
-    from cython.cimports.dmakit.consts import CAUSE_OTHER, EOPNOTSUPP, PAGE_SIZE
-    from cython.cimports.dmakit.iommu.gather import Gather
-    from cython.cimports.dmakit.iommu.pagetable import PageTable
-    from cython.cimports.dmakit.iova.flush_queue import FlushTarget
-    from cython.cimports.dmakit.ledger import Ledger
 else:
     from dmakit.consts import CAUSE_OTHER, EOPNOTSUPP, PAGE_SIZE
     from dmakit.iommu.gather import Gather

@@ -1,3 +1,4 @@
+from dmakit.consts cimport *
 from dmakit.iommu.gather cimport Gather
 from dmakit.ledger cimport Ledger
 from dmakit.memory.pages cimport PageAllocator

@@ -16,12 +16,7 @@ import cython
 from dmakit.errors import MisuseError
 from dmakit.iova.arguments import within
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import L_TABLES_ALLOCATED, L_TABLES_FREED, PAGE_SHIFT, PAGE_SIZE
-    from cython.cimports.dmakit.iommu.gather import Gather
-    from cython.cimports.dmakit.ledger import Ledger
-    from cython.cimports.dmakit.memory.pages import PageAllocator
-else:
+if not cython.compiled:
     from dmakit.consts import L_TABLES_ALLOCATED, L_TABLES_FREED, PAGE_SHIFT, PAGE_SIZE
     from dmakit.iommu.gather import Gather
     from dmakit.ledger import Ledger

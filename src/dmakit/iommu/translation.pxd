@@ -1,5 +1,7 @@
+from dmakit.consts cimport *
 from dmakit.iommu.devtlb cimport DeviceTlb
 from dmakit.iommu.faults cimport FaultLog
+from dmakit.iommu.invalidation cimport _devtlb_mask
 from dmakit.iommu.iotlb cimport Iotlb
 from dmakit.iommu.lane cimport BatchLane
 from dmakit.iommu.psc cimport PagingStructureCache

@@ -22,43 +22,7 @@ import cython
 from dmakit.errors import MisuseError
 from dmakit.iommu.faults import FaultRecord, fault_error
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        CTX_FLAGS,
-        CTX_LEVELS,
-        CTX_NP_CACHE,
-        CTX_WIDTH,
-        CTX_WORDS,
-        FAULT_NO_CONTEXT,
-        FAULT_READ,
-        FAULT_WIDTH,
-        FAULT_WRITE,
-        L_DEVTLB_HITS,
-        L_FAULTS,
-        L_IOTLB_HITS,
-        L_IOTLB_MISSES,
-        QI_DEVTLB,
-        QI_DOMAIN,
-        QI_IOTLB,
-        QI_PAGE,
-        QI_PIOTLB,
-        TR_ABSENT,
-        TR_DIRTY,
-        TR_LEVEL_MASK,
-        TR_LEVEL_SHIFT,
-        TR_READ,
-        TR_WRITE,
-    )
-    from cython.cimports.dmakit.iommu.devtlb import DeviceTlb
-    from cython.cimports.dmakit.iommu.faults import FaultLog
-    from cython.cimports.dmakit.iommu.invalidation import _devtlb_mask
-    from cython.cimports.dmakit.iommu.iotlb import Iotlb
-    from cython.cimports.dmakit.iommu.lane import BatchLane
-    from cython.cimports.dmakit.iommu.psc import PagingStructureCache
-    from cython.cimports.dmakit.iommu.walker import Walker
-    from cython.cimports.dmakit.ledger import Ledger
-    from cython.cimports.dmakit.memory.physical import PhysicalMemory
-else:
+if not cython.compiled:
     from dmakit.consts import (
         CTX_FLAGS,
         CTX_LEVELS,

@@ -1,5 +1,6 @@
+from dmakit.consts cimport *
 from dmakit.iommu.formats.base cimport PtFormat
-from dmakit.iommu.gather cimport Gather
+from dmakit.iommu.gather cimport ALL_ONES, Gather
 from dmakit.iommu.tables cimport TablePages
 from dmakit.ledger cimport Ledger
 from dmakit.memory.physical cimport PhysicalMemory

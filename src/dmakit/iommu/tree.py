@@ -26,20 +26,7 @@ import cython
 from dmakit.errors import ExhaustedError
 from dmakit.iova.arguments import within
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        EADDRINUSE,
-        ENOMEM,
-        L_PTE_SET_1,
-        L_TABLE_FLUSH_BYTES,
-        PAGE_SHIFT,
-        PT_ENTRIES,
-        PT_INDEX_BITS,
-    )
-    from cython.cimports.dmakit.iommu.formats.base import PtFormat
-    from cython.cimports.dmakit.iommu.gather import ALL_ONES, Gather
-    from cython.cimports.dmakit.iommu.tables import TablePages
-else:
+if not cython.compiled:
     from dmakit.consts import (
         EADDRINUSE,
         ENOMEM,

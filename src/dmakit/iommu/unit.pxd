@@ -1,6 +1,10 @@
+from dmakit.consts cimport *
 from dmakit.iommu.devtlb cimport DeviceTlb
-from dmakit.iommu.invalidation cimport InvalidationQueue
+from dmakit.iommu.formats.base cimport PtFormat
+from dmakit.iommu.invalidation cimport InvalidationQueue, _devtlb_high, _devtlb_low, _iotlb_low, _piotlb_low, _range_high
 from dmakit.iommu.translation cimport Translator
+from dmakit.ledger cimport Ledger
+from dmakit.memory.physical cimport PhysicalMemory
 
 cdef int _block_mask(unsigned long long start, unsigned long long end) noexcept nogil
 

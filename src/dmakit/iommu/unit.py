@@ -28,43 +28,7 @@ import cython
 from dmakit.errors import ExhaustedError, MisuseError
 from dmakit.iova.arguments import within
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        CAUSE_OTHER,
-        CAUSE_SYNC_MAP,
-        CTX_FIRST_STAGE,
-        CTX_FLAGS,
-        CTX_LEVELS,
-        CTX_NP_CACHE,
-        CTX_ROOT,
-        CTX_WIDTH,
-        CTX_WORDS,
-        L_INV_CAUSE_UNMAP,
-        L_INV_DEVTLB,
-        L_INV_DOMAIN,
-        L_INV_GLOBAL,
-        L_INV_PAGE,
-        N_CAUSES,
-        QI_BATCH,
-        QI_DOMAIN,
-        QI_GLOBAL,
-        QI_PAGE,
-        WHOLE_MASK,
-    )
-    from cython.cimports.dmakit.iommu.devtlb import DeviceTlb
-    from cython.cimports.dmakit.iommu.formats.base import PtFormat
-    from cython.cimports.dmakit.iommu.invalidation import (
-        InvalidationQueue,
-        _devtlb_high,
-        _devtlb_low,
-        _iotlb_low,
-        _piotlb_low,
-        _range_high,
-    )
-    from cython.cimports.dmakit.iommu.translation import Translator
-    from cython.cimports.dmakit.ledger import Ledger
-    from cython.cimports.dmakit.memory.physical import PhysicalMemory
-else:
+if not cython.compiled:
     from dmakit.consts import (
         CAUSE_OTHER,
         CAUSE_SYNC_MAP,

@@ -1,3 +1,4 @@
+from dmakit.consts cimport *
 from dmakit.iommu.formats.base cimport PtFormat
 from dmakit.iommu.psc cimport PagingStructureCache
 from dmakit.ledger cimport Ledger

@@ -26,43 +26,7 @@ import cython
 from dmakit.errors import MisuseError
 from dmakit.iova.arguments import within
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        CTX_ACCESSED,
-        CTX_ACCESSED_BIT,
-        CTX_ADDRESS,
-        CTX_DIRTY,
-        CTX_DIRTY_BIT,
-        CTX_FIRST_STAGE,
-        CTX_FLAGS,
-        CTX_LEAF,
-        CTX_LEVELS,
-        CTX_NP_CACHE,
-        CTX_PRESENT,
-        CTX_READ,
-        CTX_ROOT,
-        CTX_WIDTH,
-        CTX_WORDS,
-        CTX_WRITE,
-        FAULT_READ,
-        FAULT_RESERVED,
-        FAULT_TABLE,
-        FAULT_WRITE,
-        L_PSC_HITS,
-        L_WALK_READS,
-        PAGE_SIZE,
-        TR_ABSENT,
-        TR_DIRTY,
-        TR_LEVEL_MASK,
-        TR_LEVEL_SHIFT,
-        TR_READ,
-        TR_WRITE,
-    )
-    from cython.cimports.dmakit.iommu.formats.base import PtFormat
-    from cython.cimports.dmakit.iommu.psc import PagingStructureCache
-    from cython.cimports.dmakit.ledger import Ledger
-    from cython.cimports.dmakit.memory.physical import PhysicalMemory
-else:
+if not cython.compiled:
     from dmakit.consts import (
         CTX_ACCESSED,
         CTX_ACCESSED_BIT,

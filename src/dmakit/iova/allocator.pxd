@@ -1,8 +1,15 @@
-cimport cython
+from dmakit.consts cimport *
 from dmakit.failpoint cimport FailPoint
+from dmakit.iova.bits cimport ceil_log2
 from dmakit.iova.rcache cimport IovaRcaches
-from dmakit.iova.search cimport IovaSearch
+from dmakit.iova.search cimport AugmentedSearch, IovaSearch, LinuxSearch
 from dmakit.ledger cimport Ledger
+
+cimport cython
+
+
+
+
 
 
 cdef class IovaAllocator:

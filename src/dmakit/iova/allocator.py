@@ -24,29 +24,7 @@ from dmakit.clock import MS, Timer, VirtualClock
 from dmakit.errors import MisuseError
 from dmakit.iova.arguments import Text, within
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        ENOMEM,
-        IOVA_ANCHOR,
-        IOVA_MAG_STRIDE,
-        IOVA_NIL,
-        IOVA_RANGE_CACHE_MAX_SIZE,
-        L_IOVA_FAILED,
-        L_IOVA_FREE_MAGAZINE,
-        L_IOVA_FREE_TREE,
-        L_IOVA_MAGAZINE,
-        L_IOVA_TREE,
-        L_LOCK_DEPOT,
-        L_LOCK_RBTREE,
-        L_RCACHE_FLUSHES,
-        L_TREE_NODES,
-    )
-    from cython.cimports.dmakit.failpoint import FailPoint
-    from cython.cimports.dmakit.iova.bits import ceil_log2
-    from cython.cimports.dmakit.iova.rcache import IovaRcaches
-    from cython.cimports.dmakit.iova.search import AugmentedSearch, LinuxSearch
-    from cython.cimports.dmakit.ledger import Ledger
-else:
+if not cython.compiled:
     from dmakit.consts import (
         ENOMEM,
         IOVA_ANCHOR,

@@ -1,5 +1,9 @@
-cimport cython
+from dmakit.consts cimport *
 from dmakit.iova.allocator cimport IovaAllocator
+from dmakit.iova.exact cimport exact
+
+cimport cython
+
 
 
 @cython.final

@@ -35,14 +35,7 @@ from dmakit.errors import ExhaustedError, MisuseError
 from dmakit.iova.arguments import within, words
 
 if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        IOVA_NIL,
-        IOVA_RANGE_CACHE_MAX_SIZE,
-        L_IOVA_FAILED,
-        L_IOVA_TREE,
-    )
-    from cython.cimports.dmakit.iova.allocator import IovaAllocator
-    from cython.cimports.dmakit.iova.exact import Words, borrow, exact, give_back
+    from cython.cimports.dmakit.iova.exact import Words, borrow, give_back
 else:
     from dmakit.consts import IOVA_NIL, IOVA_RANGE_CACHE_MAX_SIZE, L_IOVA_FAILED, L_IOVA_TREE
     from dmakit.iova.allocator import IovaAllocator

@@ -1,7 +1,8 @@
+from dmakit.consts cimport *
 from dmakit.failpoint cimport FailPoint
 from dmakit.iova.domain cimport IovaDomain
+from dmakit.iova.exact cimport exact
 from dmakit.ledger cimport Ledger
-
 
 cdef class FlushTarget:
     cdef void _fq_flush_all(self, int cause) noexcept nogil

@@ -29,23 +29,7 @@ from dmakit.errors import ExhaustedError
 from dmakit.iova.arguments import within
 from dmakit.iova.arrays import zeroed
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        CAUSE_FQ_FULL,
-        CAUSE_FQ_TIMER,
-        CAUSE_OTHER,
-        IOVA_DEFAULT_FQ_SIZE,
-        IOVA_SINGLE_FQ_SIZE,
-        L_FQ_ENTRIES,
-        L_FQ_FLUSHES_FULL,
-        L_FQ_FLUSHES_TIMER,
-        L_LOCK_FQ,
-    )
-    from cython.cimports.dmakit.failpoint import FailPoint
-    from cython.cimports.dmakit.iova.domain import IovaDomain
-    from cython.cimports.dmakit.iova.exact import exact
-    from cython.cimports.dmakit.ledger import Ledger
-else:
+if not cython.compiled:
     from dmakit.consts import (
         CAUSE_FQ_FULL,
         CAUSE_FQ_TIMER,

@@ -1,5 +1,9 @@
-cimport cython
+from dmakit.consts cimport *
 from dmakit.failpoint cimport FailPoint
+from dmakit.iova.bits cimport mix
+
+cimport cython
+
 
 
 @cython.final

@@ -18,11 +18,7 @@ import cython
 from dmakit.iova.arguments import within
 from dmakit.iova.arrays import widened, zeroed
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import IOVA_MAG_SIZE, IOVA_MAG_STRIDE
-    from cython.cimports.dmakit.failpoint import FailPoint
-    from cython.cimports.dmakit.iova.bits import mix
-else:
+if not cython.compiled:
     from dmakit.consts import IOVA_MAG_SIZE, IOVA_MAG_STRIDE
     from dmakit.failpoint import FailPoint
     from dmakit.iova.bits import mix

@@ -1,6 +1,12 @@
-cimport cython
+from dmakit.consts cimport *
+from dmakit.failpoint cimport FailPoint
+from dmakit.iova.bits cimport mix
 from dmakit.iova.magazine cimport MagazinePool
 from dmakit.ledger cimport Ledger
+
+cimport cython
+
+
 
 
 @cython.final

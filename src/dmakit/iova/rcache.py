@@ -27,20 +27,7 @@ from dmakit.errors import ExhaustedError
 from dmakit.iova.arguments import within
 from dmakit.iova.arrays import zeroed
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        IOVA_MAG_SIZE,
-        IOVA_RANGE_CACHE_MAX_SIZE,
-        L_IOVA_DEPOT,
-        L_IOVA_FREE_MAGAZINE,
-        L_IOVA_MAGAZINE,
-        L_LOCK_DEPOT,
-    )
-    from cython.cimports.dmakit.failpoint import FailPoint
-    from cython.cimports.dmakit.iova.bits import mix
-    from cython.cimports.dmakit.iova.magazine import MagazinePool
-    from cython.cimports.dmakit.ledger import Ledger
-else:
+if not cython.compiled:
     from dmakit.consts import (
         IOVA_MAG_SIZE,
         IOVA_RANGE_CACHE_MAX_SIZE,

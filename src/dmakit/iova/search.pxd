@@ -1,5 +1,9 @@
-cimport cython
+from dmakit.consts cimport *
+from dmakit.iova.bits cimport ceil_log2, largest_fit, mix
 from dmakit.iova.tree cimport IovaTree
+
+cimport cython
+
 
 
 cdef class IovaSearch:

@@ -26,11 +26,7 @@ import cython
 
 from dmakit.errors import ExhaustedError
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import IOVA_ANCHOR, IOVA_NIL
-    from cython.cimports.dmakit.iova.bits import ceil_log2, largest_fit, mix
-    from cython.cimports.dmakit.iova.tree import IovaTree
-else:
+if not cython.compiled:
     from dmakit.consts import IOVA_ANCHOR, IOVA_NIL
     from dmakit.iova.bits import ceil_log2, largest_fit, mix
     from dmakit.iova.tree import IovaTree

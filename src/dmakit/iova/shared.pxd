@@ -1,5 +1,9 @@
-cimport cython
+from dmakit.consts cimport *
+from dmakit.iova.bits cimport ceil_log2
 from dmakit.iova.domain cimport IovaDomain
+
+cimport cython
+
 
 
 cdef extern from *:

@@ -30,9 +30,6 @@ from dmakit.iova.arguments import words
 from dmakit.iova.arrays import zeroed
 
 if cython.compiled:
-    from cython.cimports.dmakit.consts import IOVA_RANGE_CACHE_MAX_SIZE, L_IOVA_FREE_MAGAZINE, L_IOVA_MAGAZINE
-    from cython.cimports.dmakit.iova.bits import ceil_log2
-    from cython.cimports.dmakit.iova.domain import IovaDomain
     from cython.cimports.dmakit.iova.exact import Words, borrow, give_back
 else:
     from dmakit.consts import IOVA_RANGE_CACHE_MAX_SIZE, L_IOVA_FREE_MAGAZINE, L_IOVA_MAGAZINE

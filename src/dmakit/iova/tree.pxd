@@ -1,3 +1,6 @@
+from dmakit.consts cimport *
+from dmakit.iova.bits cimport largest_fit, mix
+
 cimport cython
 
 

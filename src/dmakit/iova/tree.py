@@ -33,10 +33,7 @@ from dmakit.errors import MisuseError
 from dmakit.iova.arguments import within
 from dmakit.iova.arrays import widened, zeroed
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import IOVA_ANCHOR, IOVA_NIL
-    from cython.cimports.dmakit.iova.bits import largest_fit, mix
-else:
+if not cython.compiled:
     from dmakit.consts import IOVA_ANCHOR, IOVA_NIL
     from dmakit.iova.bits import largest_fit, mix
 

@@ -1,3 +1,4 @@
+from dmakit.consts cimport *
 from dmakit.failpoint cimport FailPoint
 from dmakit.memory.physical cimport PhysicalMemory
 

@@ -24,11 +24,7 @@ import cython
 
 from dmakit.errors import ExhaustedError, MisuseError
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import PAGE_MAX_ORDER, PAGE_SHIFT, PAGE_SIZE
-    from cython.cimports.dmakit.failpoint import FailPoint
-    from cython.cimports.dmakit.memory.physical import PhysicalMemory
-else:
+if not cython.compiled:
     from dmakit.consts import PAGE_MAX_ORDER, PAGE_SHIFT, PAGE_SIZE
     from dmakit.failpoint import FailPoint
     from dmakit.memory.physical import PhysicalMemory

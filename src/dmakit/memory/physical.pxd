@@ -1,3 +1,5 @@
+from dmakit.consts cimport *
+
 cdef extern from *:
     """
     #if defined(__GNUC__)

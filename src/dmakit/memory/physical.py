@@ -28,7 +28,6 @@ import cython
 from dmakit.errors import ExhaustedError, MisuseError
 
 if cython.compiled:
-    from cython.cimports.dmakit.consts import PAGE_SHIFT, PAGE_SIZE
     from cython.cimports.libc.string import memmove, memset
 else:
     from dmakit.consts import PAGE_SHIFT, PAGE_SIZE

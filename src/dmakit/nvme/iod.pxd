@@ -1,3 +1,5 @@
+from dmakit.consts cimport *
+
 cdef class Iod:
     cdef public object request
     cdef public int status

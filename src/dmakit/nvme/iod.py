@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import cython
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import P2P_MAP_NONE
-else:
+if not cython.compiled:
     from dmakit.consts import P2P_MAP_NONE
 
 if TYPE_CHECKING:

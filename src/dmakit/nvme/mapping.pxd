@@ -1,9 +1,10 @@
-from dmakit.block.dma_iter cimport BlkDmaIter
+from dmakit.block.dma_iter cimport BlkDmaIter, typed_device
 from dmakit.block.request cimport Request
+from dmakit.consts cimport *
 from dmakit.dma.streaming cimport Streaming
 from dmakit.ledger cimport Ledger
 from dmakit.nvme.iod cimport Iod
-from dmakit.nvme.pool cimport DescriptorPool
+from dmakit.nvme.pool cimport Block, DescriptorPool
 from dmakit.nvme.prp cimport PrpWriter
 from dmakit.nvme.sgl cimport SglWriter
 

@@ -40,27 +40,7 @@ from dmakit.nvme.iod import (
 from dmakit.nvme.spec import PSDT_PRP, PSDT_SGL_METABUF
 from dmakit.reasons import Reason
 
-if cython.compiled:
-    from cython.cimports.dmakit.block.dma_iter import BlkDmaIter, typed_device
-    from cython.cimports.dmakit.block.request import Request
-    from cython.cimports.dmakit.consts import (
-        ATTR_MMIO,
-        L_BOOKKEEPING_BYTES,
-        L_DESCRIPTORS,
-        L_PASSES,
-        P2P_MAP_BUS_ADDR,
-        P2P_MAP_NONE,
-        P2P_MAP_THRU_HOST_BRIDGE,
-        PAGE_MASK_LOW,
-        PAGE_SIZE,
-    )
-    from cython.cimports.dmakit.dma.streaming import Streaming
-    from cython.cimports.dmakit.ledger import Ledger
-    from cython.cimports.dmakit.nvme.iod import Iod
-    from cython.cimports.dmakit.nvme.pool import Block, DescriptorPool
-    from cython.cimports.dmakit.nvme.prp import PrpWriter
-    from cython.cimports.dmakit.nvme.sgl import SglWriter
-else:
+if not cython.compiled:
     from dmakit.block.dma_iter import BlkDmaIter, typed_device
     from dmakit.block.request import Request
     from dmakit.consts import (

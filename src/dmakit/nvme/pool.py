@@ -20,11 +20,7 @@ import cython
 from dmakit.errors import ExhaustedError, MisuseError
 from dmakit.iova.arguments import words as as_words
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import L_DESCRIPTOR_PAGES, PAGE_SIZE
-    from cython.cimports.dmakit.failpoint import FailPoint
-    from cython.cimports.dmakit.ledger import Ledger
-else:
+if not cython.compiled:
     from dmakit.consts import L_DESCRIPTOR_PAGES, PAGE_SIZE
     from dmakit.failpoint import FailPoint
     from dmakit.ledger import Ledger

@@ -29,10 +29,7 @@ from dmakit.errors import DmakitError, MisuseError
 from dmakit.nvme.pool import words_of
 from dmakit.nvme.spec import Status
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import EIO, PAGE_MASK_LOW, PAGE_SIZE
-    from cython.cimports.dmakit.nvme.pool import Block, DescriptorPool
-else:
+if not cython.compiled:
     from dmakit.consts import EIO, PAGE_MASK_LOW, PAGE_SIZE
     from dmakit.nvme.pool import Block, DescriptorPool
 

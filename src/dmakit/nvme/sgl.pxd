@@ -1,3 +1,4 @@
+from dmakit.consts cimport *
 from dmakit.nvme.pool cimport Block, DescriptorPool
 
 cdef int _PER_SMALL

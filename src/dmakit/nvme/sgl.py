@@ -26,10 +26,7 @@ from dmakit.errors import DmakitError, MisuseError
 from dmakit.nvme.pool import words_of
 from dmakit.nvme.spec import Status
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import EIO
-    from cython.cimports.dmakit.nvme.pool import Block, DescriptorPool
-else:
+if not cython.compiled:
     from dmakit.consts import EIO
     from dmakit.nvme.pool import Block, DescriptorPool
 

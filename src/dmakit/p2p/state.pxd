@@ -1,6 +1,9 @@
+from dmakit.consts cimport *
+from dmakit.ledger cimport Ledger
+
 cimport cython
 
-from dmakit.ledger cimport Ledger
+
 
 @cython.final
 cdef class P2pState:

@@ -13,10 +13,7 @@ import cython
 from dmakit.p2p.decision import MapType, map_type
 from dmakit.p2p.topology import PciDevice, PciTopology
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import L_P2P_LOOKUPS, P2P_MAP_NONE
-    from cython.cimports.dmakit.ledger import Ledger
-else:
+if not cython.compiled:
     from dmakit.consts import L_P2P_LOOKUPS, P2P_MAP_NONE
     from dmakit.ledger import Ledger
 

@@ -1,9 +1,15 @@
-cimport cython
-
+from dmakit.consts cimport *
 from dmakit.failpoint cimport FailPoint
 from dmakit.ledger cimport Ledger
 from dmakit.memory.physical cimport PhysicalMemory
 from dmakit.swiotlb.pool cimport SwiotlbPool
+
+cimport cython
+
+
+
+
+
 
 cdef unsigned long long _MAPPING_ERROR
 cdef unsigned long long _SEGMENT_BYTES

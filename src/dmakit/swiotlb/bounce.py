@@ -31,25 +31,6 @@ import cython
 from dmakit.errors import ExhaustedError, MisuseError
 
 if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        ATTR_NO_WARN,
-        ATTR_SKIP_CPU_SYNC,
-        DMA_BIDIRECTIONAL,
-        DMA_FROM_DEVICE,
-        DMA_TO_DEVICE,
-        IO_TLB_SEGSIZE,
-        IO_TLB_SHIFT,
-        IO_TLB_SIZE,
-        L_BOUNCE_MAPS,
-        L_BOUNCE_PAD_BYTES,
-        L_BOUNCE_SLOTS,
-        L_BOUNCED_BYTES,
-    )
-    from cython.cimports.dmakit.failpoint import FailPoint
-    from cython.cimports.dmakit.ledger import Ledger
-    from cython.cimports.dmakit.memory.physical import PhysicalMemory
-    from cython.cimports.dmakit.swiotlb.pool import SwiotlbPool
-
     from dmakit.swiotlb.pool import limit_areas
 else:
     from dmakit.consts import (

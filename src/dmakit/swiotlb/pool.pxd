@@ -1,7 +1,11 @@
-cimport cython
-
+from dmakit.consts cimport *
 from dmakit.ledger cimport Ledger
 from dmakit.memory.physical cimport PhysicalMemory
+
+cimport cython
+
+
+
 
 cdef unsigned long long _NO_ORIGIN
 

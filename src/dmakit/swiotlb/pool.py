@@ -34,18 +34,7 @@ import cython
 
 from dmakit.errors import MisuseError
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        IO_TLB_SEGSIZE,
-        IO_TLB_SHIFT,
-        IO_TLB_SIZE,
-        L_BOUNCE_AREA_LOCKS,
-        PAGE_MASK_LOW,
-        PAGE_SIZE,
-    )
-    from cython.cimports.dmakit.ledger import Ledger
-    from cython.cimports.dmakit.memory.physical import PhysicalMemory
-else:
+if not cython.compiled:
     from dmakit.consts import (
         IO_TLB_SEGSIZE,
         IO_TLB_SHIFT,

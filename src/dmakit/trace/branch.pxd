@@ -1,5 +1,9 @@
-cimport cython
+from dmakit.consts cimport *
+from dmakit.iova.bits cimport mix
 from dmakit.iova.domain cimport IovaDomain
+
+cimport cython
+
 
 
 @cython.final

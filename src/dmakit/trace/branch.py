@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import cython
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import IOVA_ANCHOR, IOVA_NIL
-    from cython.cimports.dmakit.iova.bits import mix
-    from cython.cimports.dmakit.iova.domain import IovaDomain
-else:
+if not cython.compiled:
     from dmakit.consts import IOVA_ANCHOR, IOVA_NIL
     from dmakit.iova.bits import mix
     from dmakit.iova.domain import IovaDomain

@@ -1,6 +1,10 @@
-cimport cython
+from dmakit.consts cimport *
 from dmakit.trace.operation cimport Operation
 from dmakit.trace.timeline cimport Timeline
+
+cimport cython
+
+
 
 
 @cython.final

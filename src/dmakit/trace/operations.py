@@ -35,11 +35,7 @@ from dmakit.trace.operation import OPEN
 from dmakit.trace.pattern import Pattern
 from dmakit.trace.storage import flat, longs
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import SCAN_HEAD, SCAN_LOST
-    from cython.cimports.dmakit.trace.operation import Operation
-    from cython.cimports.dmakit.trace.timeline import Timeline
-else:
+if not cython.compiled:
     from dmakit.consts import SCAN_HEAD, SCAN_LOST
     from dmakit.trace.operation import Operation
     from dmakit.trace.timeline import Timeline

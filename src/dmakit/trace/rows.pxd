@@ -1,3 +1,5 @@
+from dmakit.consts cimport *
+
 cdef class Rows:
     cdef readonly object pattern
     cdef readonly list names

@@ -14,9 +14,7 @@ import cython
 from dmakit.trace.pattern import Pattern
 from dmakit.trace.storage import longs
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import SCAN_HEAD, SCAN_LOST
-else:
+if not cython.compiled:
     from dmakit.consts import SCAN_HEAD, SCAN_LOST
 
 _MASK = (1 << 64) - 1  # interpreted code only

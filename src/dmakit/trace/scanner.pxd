@@ -1,5 +1,8 @@
-cimport cython
+from dmakit.consts cimport *
 from dmakit.trace.rows cimport Rows
+
+cimport cython
+
 
 @cython.final
 cdef class Scanner(Rows):

@@ -26,22 +26,6 @@ from dmakit.trace.pattern import Pattern
 from dmakit.trace.storage import longs
 
 if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        HOW_HEX,
-        HOW_LIST,
-        HOW_TEXT,
-        LINE_MALFORMED,
-        LINE_NOTE,
-        LINE_OTHER,
-        LINE_RECORD,
-        SALT_ENTRY,
-        SALT_RETURN,
-        SCAN_HEAD,
-        SCAN_LOST,
-        SCAN_STEP,
-        SCAN_TABLE,
-    )
-    from cython.cimports.dmakit.trace.rows import Rows
     from cython.cimports.libc.string import memchr
 else:
     from dmakit.consts import (

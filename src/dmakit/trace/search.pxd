@@ -1,8 +1,9 @@
+from dmakit.consts cimport *
+from dmakit.iova.bits cimport ceil_log2
 from dmakit.iova.domain cimport IovaDomain
 from dmakit.trace.branch cimport Branch
 from dmakit.trace.operation cimport Operation
 from dmakit.trace.tally cimport Counts, Tally
-
 
 cdef class OrderSearch:
     cdef public list branches

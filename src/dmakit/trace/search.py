@@ -29,21 +29,7 @@ import cython
 
 from dmakit.errors import MisuseError
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        IOVA_MAG_SIZE,
-        IOVA_MAG_STRIDE,
-        IOVA_NIL,
-        IOVA_RANGE_CACHE_MAX_SIZE,
-        L_IOVA_DEPOT,
-        L_IOVA_MAGAZINE,
-    )
-    from cython.cimports.dmakit.iova.bits import ceil_log2
-    from cython.cimports.dmakit.iova.domain import IovaDomain
-    from cython.cimports.dmakit.trace.branch import Branch
-    from cython.cimports.dmakit.trace.operation import Operation
-    from cython.cimports.dmakit.trace.tally import Counts, Tally
-else:
+if not cython.compiled:
     from dmakit.consts import (
         IOVA_MAG_SIZE,
         IOVA_MAG_STRIDE,

@@ -1,7 +1,11 @@
-cimport cython
 from dmakit.trace.midlife cimport MidLife
 from dmakit.trace.operation cimport Operation
 from dmakit.trace.search cimport OrderSearch
+
+cimport cython
+
+
+
 
 
 @cython.final

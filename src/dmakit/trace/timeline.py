@@ -23,11 +23,7 @@ import cython
 
 from dmakit.trace.operation import OPEN
 
-if cython.compiled:
-    from cython.cimports.dmakit.trace.midlife import MidLife
-    from cython.cimports.dmakit.trace.operation import Operation
-    from cython.cimports.dmakit.trace.search import OrderSearch
-else:
+if not cython.compiled:
     from dmakit.trace.midlife import MidLife
     from dmakit.trace.operation import Operation
     from dmakit.trace.search import OrderSearch

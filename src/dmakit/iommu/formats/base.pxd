@@ -1,3 +1,4 @@
+from dmakit.consts cimport *
 from dmakit.memory.physical cimport PhysicalMemory
 
 cdef class PtFormat:

@@ -19,10 +19,7 @@ import cython
 
 from dmakit.errors import MisuseError, UnsupportedError
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import PAGE_SHIFT, PROT_READ, PROT_WRITE, PT_INDEX_BITS
-    from cython.cimports.dmakit.memory.physical import PhysicalMemory
-else:
+if not cython.compiled:
     from dmakit.consts import PAGE_SHIFT, PROT_READ, PROT_WRITE, PT_INDEX_BITS
     from dmakit.memory.physical import PhysicalMemory
 

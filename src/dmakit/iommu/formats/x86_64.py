@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import cython
 
-if cython.compiled:
-    from cython.cimports.dmakit.iommu.formats.base import PtFormat
-else:
+if not cython.compiled:
     from dmakit.iommu.formats.base import PtFormat
 
 from dmakit.iommu.formats.base import ALL_SIZES

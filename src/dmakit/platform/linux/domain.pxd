@@ -1,5 +1,7 @@
+from dmakit.consts cimport *
 from dmakit.iommu.gather cimport Gather
 from dmakit.iommu.space cimport Domain
+from dmakit.ledger cimport Ledger
 from dmakit.platform.linux.shadow cimport ShadowMap
 
 cdef class HostDomain(Domain):

@@ -29,29 +29,7 @@ from dmakit.iommu.protocol import Capabilities
 from dmakit.iova.arrays import zeroed
 from dmakit.ledger import ROWS
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import (
-        EADDRINUSE,
-        EINVAL,
-        EIO,
-        ENOENT,
-        ENOMEM,
-        ENXIO,
-        EOVERFLOW,
-        ERANGE,
-        L_DOMAIN_MAPS,
-        L_DOMAIN_UNMAPS,
-        L_SYNC_MAP,
-        PAGE_MASK_LOW,
-        PAGE_SIZE,
-        PROT_READ,
-        PROT_WRITE,
-    )
-    from cython.cimports.dmakit.iommu.gather import Gather
-    from cython.cimports.dmakit.iommu.space import Domain
-    from cython.cimports.dmakit.ledger import Ledger
-    from cython.cimports.dmakit.platform.linux.shadow import ShadowMap
-else:
+if not cython.compiled:
     from dmakit.consts import (
         EADDRINUSE,
         EINVAL,

@@ -1,3 +1,4 @@
+from dmakit.consts cimport *
 from dmakit.iova.tree cimport IovaTree
 
 cdef class ShadowMap:

@@ -17,10 +17,7 @@ from array import array
 
 import cython
 
-if cython.compiled:
-    from cython.cimports.dmakit.consts import IOVA_ANCHOR, IOVA_NIL, PAGE_MASK_LOW, PAGE_SHIFT
-    from cython.cimports.dmakit.iova.tree import IovaTree
-else:
+if not cython.compiled:
     from dmakit.consts import IOVA_ANCHOR, IOVA_NIL, PAGE_MASK_LOW, PAGE_SHIFT
     from dmakit.iova.tree import IovaTree
 
