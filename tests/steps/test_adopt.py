@@ -1,8 +1,9 @@
 """Adopting the kernel's allocator answers: what was freed is taken back, the wanted IOVA comes next."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dmakit.errors import InputError
 from dmakit.iova.domain import IovaDomain
 from dmakit.trace.step_adopt import adopt_frees, make_next, take_back
 
@@ -69,10 +70,37 @@ def test_a_range_deep_in_a_magazine_comes_to_its_top() -> None:
     assert next_pfns(domain, [1, 1, 1, 1]) == [pfns[1], pfns[3], pfns[2], pfns[0]]
 
 
-def test_taking_back_what_was_not_freed_last_is_refused() -> None:
+def test_a_free_is_taken_back_from_below_others() -> None:
     domain = IovaDomain()
     first, second = next_pfns(domain, [1, 1])
     domain.free_fast(first, 1)
     domain.free_fast(second, 1)
-    with pytest.raises(InputError, match=f"the magazine gave pfn {second:#x} where {first:#x} had been freed last"):
-        take_back(domain, 0, first, 1)
+    take_back(domain, 0, first, 1)
+    assert domain.cached_pfns() == [(second, 1)]
+    assert domain.nodes() == [(second, second), (first, first)]
+
+
+@pytest.mark.parametrize("frees", [1, 40, 700])
+@given(data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_a_range_comes_from_another_cpus_magazines_or_the_depot(frees: int, data: st.DataObject) -> None:
+    domain = IovaDomain(cpus=2)
+    pfns = next_pfns(domain, [2] * frees)
+    for pfn in pfns:
+        domain.free_fast(pfn, 2, cpu=data.draw(st.integers(0, 1)) if frees < 100 else 1)
+    wanted = data.draw(st.sampled_from(pfns))
+    before = domain.cached_pfns()
+    assert make_next(domain, 0, wanted, 2) == []
+    assert domain.cached_pfns() == before
+    assert domain.alloc_fast(2, LIMIT) == wanted
+    assert len(domain.nodes()) == frees
+
+
+def test_a_cpu_off_line_is_passed_over() -> None:
+    domain = IovaDomain(cpus=3)
+    pfns = next_pfns(domain, [1, 1])
+    for pfn in pfns:
+        domain.free_fast(pfn, 1, cpu=2)
+    domain.set_online(1, False)
+    take_back(domain, 0, pfns[0], 1)
+    assert domain.cached_pfns() == [(pfns[1], 1)]

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from dmakit.consts import PROT_READ, PROT_WRITE
-from dmakit.errors import InputError
+from dmakit.errors import ExhaustedError, MisuseError
 from dmakit.trace.recorded_machine import ALL_ONES
 from dmakit.trace.step_bench import Bench, Slot
 from dmakit.trace.step_commands import Answer, Commands
@@ -62,13 +62,13 @@ def is_allocated(iovad: Any, pfn: int) -> bool:
 
 
 def take_back(iovad: Any, cpu: int, pfn: int, pages: int) -> None:
-    """Undo ``free_fast(cpu, pfn, pages)``, the latest free of its size on this CPU."""
+    """Undo ``free_fast(cpu, pfn, pages)``: the range is allocated again, wherever the free has put it."""
     if pages > CACHED_PAGES:
         iovad.reserve(pfn, pfn + pages - 1)
         return
-    found = iovad.alloc_fast(pages, iovad.highest_pfn, False, cpu=cpu)
-    if found != pfn:
-        raise InputError(f"cannot adopt: the magazine gave pfn {found:#x} where {pfn:#x} had been freed last")
+    rounded = 1 << (pages - 1).bit_length()
+    if not pull(iovad, cpu, pfn, rounded):
+        iovad.reserve(pfn, pfn + rounded - 1)
 
 
 def adopt_tables(bench: Bench, slot: Slot, runs: list[list[int]]) -> None:
@@ -153,11 +153,8 @@ def make_next(iovad: Any, cpu: int, pfn: int, pages: int) -> list[int]:
     """
     if pages <= CACHED_PAGES:
         rounded = 1 << (pages - 1).bit_length()
-        above_it = _pop_down_to(iovad, cpu, pfn, rounded)
-        if above_it is None:
+        if not pull(iovad, cpu, pfn, rounded):
             iovad.reserve(pfn, pfn + rounded - 1)
-        for other in reversed(above_it or []):
-            put(iovad, cpu, other, rounded)
         put(iovad, cpu, pfn, rounded)
         return []
     held = []
@@ -173,15 +170,31 @@ def make_next(iovad: Any, cpu: int, pfn: int, pages: int) -> list[int]:
     return held
 
 
-def _pop_down_to(iovad: Any, cpu: int, pfn: int, rounded: int) -> list[int] | None:
-    """Take ``pfn`` out of the magazines, and what lies on top of it; None when it is in none."""
-    cached = iovad.cached_pfns()
-    if (pfn, rounded) not in cached:
-        return None
-    popped: list[int] = []
-    for _ in range(sum(size == rounded for _, size in cached)):
-        found = iovad.alloc_fast(rounded, iovad.highest_pfn, False, cpu=cpu)
+def pull(iovad: Any, cpu: int, pfn: int, rounded: int) -> bool:
+    """Take ``pfn`` out of the magazine or depot that holds it, this CPU's first; false when none does.
+
+    Ranges are taken from a CPU's magazines until it comes, or one that was in none; the others go back in their order.
+    """
+    cached = {lo for lo, size in iovad.cached_pfns() if size == rounded}
+    if pfn not in cached:
+        return False
+    found = 0
+    for on in (cpu, *(other for other in range(iovad.cpus) if other != cpu)):
+        popped: list[int] = []
+        while (found := _next(iovad, on, rounded)) in cached and found != pfn:
+            popped.append(found)
+        if found and found not in cached:
+            iovad.free(found)
+        for other in reversed(popped):
+            put(iovad, on, other, rounded)
         if found == pfn:
-            return popped
-        popped.append(found)
-    raise InputError(f"cannot adopt: pfn {pfn:#x} is in another CPU's magazine or in the depot")
+            break
+    return True  # a range in no magazine of a CPU on line is in a depot, where the first CPU looks
+
+
+def _next(iovad: Any, cpu: int, size: int) -> int:
+    """The next allocation; 0 where nothing is left, or for a CPU off line."""
+    try:
+        return int(iovad.alloc_fast(size, iovad.highest_pfn, False, cpu=cpu))
+    except (ExhaustedError, MisuseError):
+        return 0
