@@ -61,6 +61,13 @@ def test_single_cpu_fio_traces_replay_call_by_call(name: str) -> None:
     assert "the trace has no qi_submit events" in result.render()
 
 
+@pytest.mark.parametrize("name", ["smp2-cm", "smp2-lazy", "smp2-lazy-mono"])
+def test_on_several_cpus_only_the_order_of_frees_may_differ(name: str) -> None:
+    result = replay_calls(trace(name))
+    for what, stream in result.streams.items():
+        assert what == "ff_in" or stream.kernel == stream.ours == stream.equal, result.render()
+
+
 def test_another_maximum_segment_size_gives_other_scatterlists() -> None:
     result = replay_calls(trace("sg-ahci"), max_segment=32 << 10)
     assert not result.equal
