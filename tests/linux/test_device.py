@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import threading
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,48 @@ def test_eventfds_are_given_back() -> None:
         device.interrupts(1, "intx")
         assert descriptors() - before <= 2
     assert not fake.devices[EDU].eventfds
+
+
+@pytest.mark.parametrize("index, number, text", [
+    (4, errno.ENODEV, "the host wants the device back (it is being unbound, removed or unplugged)"),
+    (3, errno.EIO, "the host reports a fatal error of the device (PCI Express AER)"),
+])  # fmt: skip
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_the_host_says_is_heard_kept_and_ends_a_wait(backend: str, index: int, number: int, text: str) -> None:
+    fake = host()
+    with machine(backend, fake) as made, made.open(NVME) as device, made.open(EDU) as other:
+        interrupt, quiet = device.interrupts(2)[1], other.interrupts(1)[0]
+        assert not device.wanted_back and not device.failed and interrupt.wait(0) == 0
+        device.check()
+        timer = threading.Timer(0.05, fake.devices[NVME].notify, [index])
+        timer.start()
+        with pytest.raises(HostError) as caught:
+            interrupt.wait()
+        timer.join()
+        assert (str(caught.value), caught.value.errno) == (f"{NVME}: {text}", number)
+        for _ in range(2):
+            assert (device.wanted_back, device.failed) == (index == 4, index == 3)
+            with pytest.raises(HostError) as caught:
+                device.check()
+            assert str(caught.value) == f"{NVME}: {text}"
+        device.set_bus_master(True)
+        fake.devices[NVME].trigger(1)
+        assert interrupt.wait(1) == 1, "what the device has said is handed out first"
+        assert not other.wanted_back and not other.failed and quiet.wait(0) == 0
+    assert device.wanted_back == (index == 4), "also after it was closed"
+    assert fake.left() == {"files": 0, "pinned": 0}
+
+
+def test_a_fatal_error_outweighs_a_request_and_conventional_pci_has_none() -> None:
+    fake, made, device = taken()
+    with made, device, made.open(NVME) as drive:
+        assert not fake.devices[EDU].notify(3) and len(device.notices.descriptors()) == 1
+        assert len(drive.notices.descriptors()) == 2
+        for index in (4, 3):
+            assert fake.devices[NVME].notify(index)
+        with pytest.raises(HostError, match="reports a fatal error"):
+            drive.check()
+        assert drive.wanted_back and drive.failed
 
 
 def test_registers_refuse_what_hardware_would_not_do() -> None:

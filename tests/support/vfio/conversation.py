@@ -15,11 +15,13 @@ from typing import Any
 
 from dmakit.errors import HostError
 from dmakit.platform.linux import pci, uapi
+from dmakit.platform.linux.irqs import listen, set_irqs
 from dmakit.platform.linux.kernel import Kernel
 from dmakit.platform.linux.uapi import LAYOUTS
 
 PAGE = 4096
 BASE = 0x1_0000_0000
+ASK = uapi.SET_DATA_NONE | uapi.SET_TRIGGER
 RW = uapi.MAP_FIXED_IOVA | uapi.MAP_READABLE | uapi.MAP_WRITEABLE
 Answers = list[tuple[str, object]]
 
@@ -194,6 +196,21 @@ def _device_calls(t: Talk, device: int) -> None:
     t.note("intx", lambda: t.struct(device, "VFIO_DEVICE_GET_IRQ_INFO", "vfio_irq_info", index=0).flags & 7)
     t.note("too many vectors", lambda: _set_irqs(t, device, 64))
     t.note("switch msi off", lambda: _set_irqs(t, device, 0))
+    t.note("error index", lambda: t.struct(device, "VFIO_DEVICE_GET_IRQ_INFO", "vfio_irq_info", index=3))
+    t.note("request index", lambda: _irq(t, device, 4))
+    t.note("request, nobody listens", lambda: set_irqs(t.kernel, device, 4, ASK, 0, 1))
+    heard = t.kernel.eventfd()
+    t.note("listen", lambda: listen(t.kernel, device, 4, [heard]))
+    t.note("request", lambda: set_irqs(t.kernel, device, 4, ASK, 0, 1))
+    t.note("heard", lambda: t.kernel.take_events(heard, 0))
+    t.note("listen no more", lambda: set_irqs(t.kernel, device, 4, ASK, 0, 0))
+    t.note("request, nobody listens now", lambda: set_irqs(t.kernel, device, 4, ASK, 0, 1))
+    t.kernel.close(heard)
+
+
+def _irq(t: Talk, device: int, index: int) -> tuple[int, int]:
+    info = t.struct(device, "VFIO_DEVICE_GET_IRQ_INFO", "vfio_irq_info", index=index)
+    return info.count, info.flags
 
 
 def _info(t: Talk, device: int) -> tuple[int, int]:

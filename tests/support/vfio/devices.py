@@ -50,15 +50,18 @@ class FakeRegion:
 
 
 class FakeDevice:
-    """A PCI function. ``regions``: by VFIO index; ``vectors``: interrupt index to count."""
+    """A PCI function. ``regions``: by VFIO index; ``vectors``: interrupt index to count.
+
+    ``express``: a PCI Express function, which has an error interrupt (index 3); all have the request (4)."""
 
     def __init__(
         self, bdf: str, group: int, *, ids: tuple[int, int] = (0x1234, 0x5678), class_code: int = 0xFF0000,
         driver: str = "vfio-pci", vectors: dict[int, int] | None = None, resets: bool = True,
+        express: bool = False,
     ) -> None:  # fmt: skip
         self.bdf, self.group, self.ids, self.class_code, self.driver = bdf, group, ids, class_code, driver
         self.resets = resets
-        self.vectors = {0: 1, 1: 4} if vectors is None else vectors
+        self.vectors = ({0: 1, 1: 4} if vectors is None else vectors) | {4: 1} | ({3: 1} if express else {})
         self.regions: dict[int, FakeRegion] = {7: FakeRegion(4096)}
         self.eventfds: dict[int, dict[int, int]] = {}
         self.level = self.masked = self.opened = False
@@ -93,6 +96,13 @@ class FakeDevice:
         """Nobody listens to interrupts of this kind any more."""
         for fd in self.eventfds.pop(index, {}).values():
             os.close(fd)
+
+    def notify(self, index: int) -> bool:
+        """The kernel's own interrupts: 3 = an error, 4 = the request to give the device back. False: nobody listens."""
+        fd = self.eventfds.get(index, {}).get(0, -1)
+        if fd >= 0:
+            os.eventfd_write(fd, 1)
+        return fd >= 0
 
     def reset(self) -> None:
         self.resets_seen += 1
@@ -234,7 +244,8 @@ class FakeNvme(FakeDevice):
         auto: bool = True, queues: int = 8,
         build: Callable[..., ControllerModel] = ControllerModel, **options: object,
     ) -> None:  # fmt: skip
-        super().__init__(bdf, group, ids=(0x1B36, 0x0010), class_code=0x010802, vectors={0: 1, 1: 32, 2: queues + 1})
+        super().__init__(bdf, group, ids=(0x1B36, 0x0010), class_code=0x010802, vectors={0: 1, 1: 32, 2: queues + 1},
+                         express=True)  # fmt: skip
         spaces = [Namespace(1, 8192)] if namespaces is None else list(namespaces)
         self.controller = build(_Port(self), spaces, queues=queues, **options)
         self.controller.on_interrupt = self.trigger

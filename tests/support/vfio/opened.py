@@ -168,7 +168,7 @@ class DeviceFile(File):
                 f.argsz = 32 + len(caps)
 
     def vfio_device_get_irq_info(self, f: Any, _: Any) -> None:
-        if f.index > 4:
+        if f.index > 4 or (f.index == 3 and 3 not in self.device.vectors):
             raise refuse(errno.EINVAL)
         f.count = self.device.vectors.get(f.index, 0)
         f.flags = 1 | (6 if f.index == 0 else 8)
@@ -182,10 +182,15 @@ class DeviceFile(File):
             return
         if f.start + f.count > there or f.count == 0:
             raise refuse(errno.EINVAL)
+        if f.index > 2 and f.flags & 1:
+            if not self.device.notify(f.index):
+                raise refuse(errno.EINVAL)
+            return
         if f.flags & 4:
             fds = struct.unpack_from(f"={f.count}i", data, 20)
-            if any(other != f.index for other in self.device.eventfds):
+            if f.index <= 2 and any(other != f.index and other <= 2 for other in self.device.eventfds):
                 raise refuse(errno.EINVAL)
+            self.device.deafen(f.index)
             self.device.eventfds[f.index] = {f.start + i: os.dup(fd) for i, fd in enumerate(fds)}
         elif f.flags & 16:
             self.device.masked = False

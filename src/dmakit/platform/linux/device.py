@@ -5,6 +5,10 @@ it. Then ``config`` is its configuration space, ``bar(n)`` its registers, ``dma`
 same calls as on the software machine), ``interrupts(…)`` its vectors. Nothing is reachable for it until it is
 mapped, and it masters the bus only when told (``set_bus_master``).
 
+The host may want the device back (an administrator unbinds or removes it, somebody pulls it out) or report that it
+failed: ``wanted_back``, ``failed`` and ``check`` tell, ``notices.descriptors()`` are for event loops. Nothing is taken
+away: the host waits until the device is closed.
+
 Closing keeps an order: bus mastering off, interrupts off, registers unmapped, device given back to the kernel (which
 resets it), and only then the memory that it could reach. A process that is killed leaves the same behind: mappings and
 pinned pages live, in the kernel, until the device's file is closed and the device disabled.
@@ -20,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 from dmakit.errors import DmakitError, MisuseError, UnsupportedError
 from dmakit.memory.buffers import Buffer
 from dmakit.platform.linux import uapi
-from dmakit.platform.linux.interrupts import Interrupts, vectors
+from dmakit.platform.linux.interrupts import Interrupts
+from dmakit.platform.linux.irqs import vectors
+from dmakit.platform.linux.notices import Notices
 from dmakit.platform.linux.pci import PciDevice, check_ready, find
 from dmakit.platform.linux.region import ConfigSpace, Region
 from dmakit.platform.linux.space import MemoryObject
@@ -60,6 +66,7 @@ class Device:
         self.dma: Any = None
         self.regions: dict[int, Region] = {}
         self.closed = False
+        self.notices = Notices(self.kernel, self.bdf)
         self._interrupts: Interrupts | None = None
         self._dma_bufs: dict[tuple[int, int], int] = {}
         facts = LAYOUTS["vfio_device_info"].pack()
@@ -137,8 +144,25 @@ class Device:
         if not kind:
             counts = self.interrupt_counts()
             kind = next((name for name in ("msix", "msi", "intx") if counts[name] >= count), "msix")
-        self._interrupts = Interrupts(self.kernel, self.fd, kind, count)
+        self._interrupts = Interrupts(self.kernel, self.fd, kind, count, self.notices)
         return self._interrupts
+
+    # What the host says ---------------------------------------------------------------------------------------
+
+    @property
+    def wanted_back(self) -> bool:
+        """Whether the host waits for this device to be closed: it is being unbound, removed or unplugged."""
+        return uapi.IRQ_REQ in self.notices.listen()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the host has reported a fatal error of the device (AER): nothing that it says counts any more."""
+        return uapi.IRQ_ERR in self.notices.listen()
+
+    def check(self) -> None:
+        """HostError when the device is ``wanted_back`` (ENODEV) or has ``failed`` (EIO): time to leave its block."""
+        if (error := self.notices.error()) is not None:
+            raise error
 
     # Memory ---------------------------------------------------------------------------------------------------
 
@@ -182,6 +206,7 @@ class Device:
         for fd in self._dma_bufs.values():
             self.kernel.close(fd)
         self.machine.give_back(self)
+        self.notices.close()
         if self.owns_machine:
             self.machine.close()
 

@@ -22,6 +22,7 @@ import os
 import resource
 import select
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,12 @@ class Kernel:
         except OSError as error:
             raise host_error("eventfd", error.errno or errno.EIO) from error
 
-    def take_events(self, fd: int, timeout: float | None) -> int:
-        """Events since the last call, waiting up to ``timeout`` seconds (None: for ever) for the first; 0 = none."""
-        if not select.select([fd], [], [], timeout)[0]:
+    def take_events(self, fd: int, timeout: float | None, others: Sequence[int] = ()) -> int:
+        """Events since the last call, waiting up to ``timeout`` seconds (None: for ever) for the first; 0 = none.
+
+        The wait also ends when one of the ``others`` can be read.
+        """
+        if fd not in select.select([fd, *others], [], [], timeout)[0]:
             return 0
         try:
             return os.eventfd_read(fd)

@@ -179,6 +179,8 @@ class Machine:
             space.users.append(device)
             undo.callback(space.users.remove, device)
             prepare(device)
+            undo.callback(device.notices.close)
+            device.notices.arm(fd)
             self._reserve(space)
             device.dma = self._dma_device(device, options)
             undo.pop_all()
