@@ -85,7 +85,7 @@ class AdminDriver:
         self.stride = self.capabilities.stride
         self.pair = QueuePair(transport, 0, min(ADMIN_ENTRIES, self.max_entries), self.stride)
         self.events: list[AsyncEvent] = []
-        self.running = False
+        self.running = self.leaving = False
         self._event_request: Command | None = None
         self._unread: list[AsyncEvent] = []
 
@@ -179,6 +179,8 @@ class AdminDriver:
             status = self.transport.read32(Reg.CSTS)
             if status == ALL_ONES or status & (CSTS_CFS | CSTS_RDY) != CSTS_RDY:
                 raise failure(self.transport, f"{what}: no completion", 5)
+            if not self.leaving and (notice := self.transport.notice()) is not None:
+                raise failure(self.transport, f"{what}: {notice.error}", notice.error.errno or 5)
             if self.transport.now() >= end:
                 raise failure(self.transport, f"{what}: no completion within {limit / 1e9:g} s")
             self.transport.wait(WAIT_NS)

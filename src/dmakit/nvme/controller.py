@@ -238,6 +238,15 @@ class Controller:
         if not self._open:
             raise MisuseError("controller: closed")
 
+    def check(self) -> None:
+        """Look after the controller, for a program that does no I/O for a while; raises what has ended it.
+
+        On VFIO that is also the host that wants the device back: it waits until the ``with`` block is left.
+        """
+        self._check()
+        self.turn(0)
+        self.driver.started()
+
     def reset(self) -> None:
         """Reset the controller; what is in flight is issued again."""
         self._check()

@@ -32,7 +32,7 @@ from dmakit.nvme.listed import Mapper
 from dmakit.nvme.mapping import SGL_THRESHOLD, RequestMapper
 from dmakit.nvme.phases import PhaseCosts
 from dmakit.nvme.pool import LARGE_BYTES, SMALL_BYTES, DescriptorPool
-from dmakit.nvme.recovery import Recovery
+from dmakit.nvme.recovery import DRAIN_NS, Recovery
 from dmakit.nvme.rings import Owner, QueuePair
 from dmakit.nvme.spec import SGLS_BYTE, SGLS_DWORD, SGLS_METADATA_SGL, Status
 from dmakit.nvme.strategies import STRATEGIES
@@ -41,7 +41,6 @@ from dmakit.reasons import PathLog, Reason
 
 IO_TIMEOUT_NS = 30_000_000_000
 WAIT_NS = 10_000_000
-DRAIN_NS = 1_000_000_000
 LEAVE_NS = 5_000_000_000
 RETRIES = 3
 
@@ -215,7 +214,7 @@ class NvmeDriver:
             if admin.running and self.dead is None:
                 if not quiet:
                     self.drain(DRAIN_NS)
-                self._leave(admin)
+                self.leave(admin)
         except HostError:
             if not quiet:
                 raise
@@ -228,7 +227,7 @@ class NvmeDriver:
             self.pairs.clear()
             admin.free(self.small.destroy, self.large.destroy)
 
-    def _leave(self, admin: AdminDriver) -> None:
+    def leave(self, admin: AdminDriver) -> None:
         """Delete the queues and tell the controller that we go."""
         for pair in self.pairs:
             with suppress(CommandFailed):  # the reset that follows deletes it as well

@@ -8,7 +8,9 @@
    access to memory, brought up again, and what was in flight is issued again, on the same mappings;
 3. the command whose time was over, and one that was issued ``retries`` times already, end with the error;
 4. a controller that is gone, or that does not come up again, is *dead*: everything in flight ends with the error, and
-   so does every later call.
+   so does every later call;
+5. when the host takes the device away (``transport.notice``), nothing is issued any more. While the controller is well,
+   what is in flight may end within a moment, and the queues are deleted in order; then it is stopped and dead.
 
 No request is lost: each is finished once, with a status or with an error that carries the registers. No memory is
 given back before the controller was stopped. What happened is kept in ``incidents``.
@@ -18,6 +20,8 @@ Models ``drivers/nvme/host/pci.c`` (nvme_timeout, nvme_reset_work) and ``core.c`
 
 from __future__ import annotations
 
+import errno
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from dmakit.errors import DmakitError, HostError
@@ -26,12 +30,14 @@ from dmakit.nvme.commands import Flight
 from dmakit.nvme.registers import ALL_ONES, ControllerError, failure, gone
 from dmakit.nvme.rings import QueuePair
 from dmakit.nvme.spec import CSTS_CFS, CSTS_RDY, Reg
+from dmakit.nvme.transport import Notice
 
 if TYPE_CHECKING:
     from dmakit.nvme.driver import NvmeDriver
 
 ABORT_TIMEOUT_NS = 5_000_000_000
 CHECK_NS = 50_000_000
+DRAIN_NS = 1_000_000_000  # for what is in flight when we have to go
 
 
 class Recovery:
@@ -52,6 +58,9 @@ class Recovery:
         """Look at the state and at the deadlines; acts on what it finds."""
         driver = self.driver
         self.next_check = driver.transport.now() + CHECK_NS
+        if (notice := driver.transport.notice()) is not None:
+            self.depart(notice)
+            return
         status = driver.transport.read32(Reg.CSTS)
         if status == ALL_ONES or status & (CSTS_CFS | CSTS_RDY) != CSTS_RDY:
             self.recover("the controller stopped working")
@@ -93,6 +102,9 @@ class Recovery:
     def recover(self, why: str, victims: list[Flight] | None = None) -> None:
         """Halt, bring up again, issue again; never raises for what the controller does."""
         driver = self.driver
+        if (notice := driver.transport.notice()) is not None:
+            self.depart(notice)
+            return
         admin = driver.started()
         error = failure(driver.transport, why, 110 if victims else 5)
         self.incidents.append(error)
@@ -117,6 +129,26 @@ class Recovery:
             self._die(error)
             return
         driver.unpark()
+
+    def depart(self, notice: Notice) -> None:
+        """End in order because the host says so; what can end well does, all else ends with what the host said."""
+        driver = self.driver
+        admin = driver.started()
+        if admin.leaving:
+            return  # whatever happens on the way out changes nothing any more
+        admin.leaving = True
+        error = failure(driver.transport, str(notice.error), notice.error.errno or errno.EIO)
+        self.incidents.append(error)
+        while driver.parked:
+            driver.end(driver.parked.pop(0), error)
+        if notice.well and admin.running and not gone(error.registers):
+            done = driver.drain(DRAIN_NS)
+            driver.ended += done
+            with suppress(HostError):  # it is stopped in any case
+                driver.leave(admin)
+        admin.halt()
+        driver.withdraw()
+        self._die(error)
 
     def _die(self, error: HostError) -> None:
         """End everything with ``error``, now and later."""

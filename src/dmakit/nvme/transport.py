@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from dmakit.consts import PAGE_SIZE
-from dmakit.errors import UnsupportedError
+from dmakit.errors import HostError, UnsupportedError
 from dmakit.nvme.busmaster import CMB_BAR
 from dmakit.nvme.coherent import DeviceSource
 
@@ -44,6 +44,13 @@ class SharedMemory(Protocol):
 
     def free(self) -> None:
         """Give it back."""
+
+
+class Notice(NamedTuple):
+    """The host's word that the controller's time is over: ``error`` says why. ``well``: it still works as it should."""
+
+    error: HostError
+    well: bool
 
 
 class Transport(Protocol):
@@ -86,7 +93,10 @@ class Transport(Protocol):
         """Let the controller work until it gives a sign, at most ``timeout_ns``; False when it gave none."""
 
     def descriptors(self) -> Sequence[int]:
-        """File descriptors that become readable with each interrupt."""
+        """File descriptors that become readable with each interrupt or notice; none when the driver has to poll."""
+
+    def notice(self) -> Notice | None:
+        """What the host has told us that ends everything, if it has; cheap, and the same from then on."""
 
     def start(self) -> None:
         """Give the controller access to memory (bus mastering on)."""
@@ -158,6 +168,10 @@ class ModelTransport:
     def descriptors(self) -> Sequence[int]:
         """None: the model works when it is waited for."""
         return ()
+
+    def notice(self) -> Notice | None:
+        """None: the software machine takes nothing back."""
+        return None
 
     def start(self) -> None:
         """Bus mastering on."""

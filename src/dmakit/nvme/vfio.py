@@ -21,7 +21,7 @@ from dmakit.memory.buffers import Buffer
 from dmakit.nvme.coherent import DeviceSource
 from dmakit.nvme.pool import CoherentSource
 from dmakit.nvme.spec import Reg
-from dmakit.nvme.transport import DeviceMemory, SharedMemory
+from dmakit.nvme.transport import DeviceMemory, Notice, SharedMemory
 from dmakit.platform.linux.device import Device
 from dmakit.platform.linux.machine import Machine
 
@@ -37,6 +37,7 @@ class VfioTransport:
         self.device: Any = device.dma
         self.name = device.bdf
         self.registers = device.bar(0)
+        self.notices = device.notices
         if self.registers.size < Reg.DOORBELLS + 8:
             raise UnsupportedError(f"{device}: BAR 0 of {self.registers.size} bytes is no NVMe controller's")
         self.read32, self.read64 = self.registers.read32, self.registers.read64
@@ -77,7 +78,7 @@ class VfioTransport:
         return time.monotonic_ns()
 
     def wait(self, timeout_ns: int) -> bool:
-        """Sleep until an interrupt, or give the controller a moment when there are none."""
+        """Sleep until an interrupt or a notice, or give the controller a moment when it has no interrupts."""
         if not self.vectors:
             time.sleep(min(timeout_ns, _SPIN_NS) / 1e9)
             return False
@@ -87,13 +88,21 @@ class VfioTransport:
         return bool(fired)
 
     def acknowledge(self) -> None:
-        """Take the events of all vectors, so that their descriptors are quiet until the next interrupt."""
+        """Take the events of all vectors and notices, so that their descriptors are quiet until the next one."""
         for entry in self.interrupts:
-            entry.wait(0)
+            entry.take()
+        self.notices.listen()
 
     def descriptors(self) -> Sequence[int]:
-        """The eventfds of the vectors."""
-        return [entry.fileno() for entry in self.interrupts] if self.interrupts is not None else ()
+        """The eventfds of the vectors and, where there are any, of the notices."""
+        if self.interrupts is None:
+            return ()
+        return [*(entry.fileno() for entry in self.interrupts), *self.notices.descriptors()]
+
+    def notice(self) -> Notice | None:
+        """The host wants the device back, which still works, or reports that it failed."""
+        error = self.notices.error()
+        return Notice(error, not self.pci.failed) if error is not None else None
 
     def start(self) -> None:
         """Bus mastering on."""
