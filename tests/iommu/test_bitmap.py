@@ -192,6 +192,12 @@ def test_bad_arguments(call, text: str) -> None:  # type: ignore[no-untyped-def]
     assert text in str(caught.value)
 
 
+def test_page_numbers_are_only_read() -> None:
+    bitmap = Bitmap(BITS)
+    bitmap.set_many(memoryview(array("Q", [3, 700])).toreadonly())
+    assert set_of(bitmap) == {3, 700}
+
+
 def test_another_kind_of_object_is_refused() -> None:
     with pytest.raises((MisuseError, TypeError)):
         Bitmap(5).merge([1])  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ cdef class Bitmap:
     cdef readonly object words
     cdef readonly Py_ssize_t stop
     cdef unsigned long long[::1] marks
-    cdef Py_ssize_t _set_many(self, unsigned long long[::1] pages)
+    cdef Py_ssize_t _set_many(self, const unsigned long long[::1] pages)
     cdef Py_ssize_t _scan_pages(self, unsigned long long[::1] marks, Py_ssize_t start,
                                 unsigned long long[::1] out, unsigned short[::1] places) noexcept
     cdef Py_ssize_t _scan_runs(self, unsigned long long[::1] marks, Py_ssize_t start, unsigned long long[::1] out,
