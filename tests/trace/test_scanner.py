@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dmakit.errors import MisuseError
 from dmakit.trace.columns import Trace, load
 from dmakit.trace.events import ABSENT, EVENTS
 from dmakit.trace.scanner import Scanner
@@ -173,6 +174,15 @@ def test_a_chunk_boundary_changes_nothing(tmp_path: Path) -> None:
     begun = columns(half, first)
     assert first + half.scan(text[cut:], first + 1) == 9
     assert [a + b for a, b in zip(begun, columns(half, 9 - first), strict=True)] == columns(whole, 9)
+
+
+@pytest.mark.parametrize("kind", [-1, 256, 1 << 31, 1 << 63, 1 << 64])
+def test_a_kind_that_no_row_can_have_is_refused(kind: int) -> None:
+    scanner = Scanner()
+    assert scanner.scan((HEAD + "ff_in: (f+0/0) iovad=0x1 pfn=1 size=1\n").encode()) == 1
+    with pytest.raises(MisuseError, match=f"^kind={kind}: must be from 0 to 255$"):
+        scanner.block(kind)
+    assert (len(scanner.block(255)[0]), scanner.block(255)[1]) == (0, 0)
 
 
 def test_a_real_trace_is_read_to_the_last_line() -> None:

@@ -9,8 +9,11 @@ from chunk to chunk, and every buffer too: memory is bounded by the largest chun
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import cython
 
+from dmakit.iova.arguments import within
 from dmakit.trace.pattern import Pattern
 from dmakit.trace.storage import longs
 
@@ -68,11 +71,13 @@ class Rows:
         """The kinds that the last scan met."""
         return [kind for kind, count in enumerate(self.count) if count] if self.records else []
 
-    def block(self, kind: int) -> tuple[memoryview[int], int]:
-        """(columns, rows) of a kind of the last scan: SCAN_HEAD columns (record number, line, stamp, cpu, pid,
-        context), then the fields' slots, one column of ``rows`` words after the other; valid until the next scan."""
-        rows, start = self.count[kind], self.start[kind]
-        return memoryview(self.columns)[start : start + rows * (SCAN_HEAD + self.width[kind])], rows
+    def block(self, kind: SupportsIndex) -> tuple[memoryview[int], int]:
+        """(columns, rows) of a kind, 0 to SCAN_LOST, of the last scan: SCAN_HEAD columns (record number, line, stamp,
+        cpu, pid, context), then the fields' slots, one column of ``rows`` words after the other; valid until the next
+        scan."""
+        known = within("kind", kind, 0, SCAN_LOST)
+        rows, start = self.count[known], self.start[known]
+        return memoryview(self.columns)[start : start + rows * (SCAN_HEAD + self.width[known])], rows
 
     def rowwise(self) -> tuple[memoryview[int], memoryview[int]]:
         """(kinds, words) of the last scan's rows in the order of the file: a row is SCAN_HEAD words and its fields'
