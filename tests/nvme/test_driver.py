@@ -395,3 +395,20 @@ def test_a_reset_that_fails_stops_the_driver_and_leaks_nothing() -> None:
             return
         nth += 1
         assert nth < 200
+
+
+def test_a_request_interrupted_in_mid_mapping_does_not_hide_the_interrupt() -> None:
+    rig = Rig()
+    free = rig.machine.pages.free_pages_count
+    with pytest.raises(KeyboardInterrupt), rig.driver as driver:
+        driver.small.alloc()
+        driver.large.alloc()
+        raise KeyboardInterrupt
+    assert rig.machine.pages.free_pages_count == free
+
+
+def test_a_descriptor_lost_in_a_run_that_ended_well_is_told() -> None:
+    rig = Rig().start()
+    rig.driver.small.alloc()
+    with pytest.raises(MisuseError, match="descriptor pool: destroyed with 1 blocks of 256 bytes in use"):
+        rig.driver.stop()

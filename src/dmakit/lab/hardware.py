@@ -423,15 +423,13 @@ def run_strategy(
             use_sgl=target.sgl,
             record=False,
         )
-        driver.start()
-        try:
+        with driver:
             comparison.controller = f"{driver.facts.model} {driver.facts.firmware}".strip()
             comparison.backend = host.device.space.domain.backend.name
-            HardwareRun(host, driver, workload, result, target.seed).run(progress)
-        except UnsupportedError as error:
-            result.unavailable = str(error)
-        finally:
-            driver.stop(quiet=True)
+            try:
+                HardwareRun(host, driver, workload, result, target.seed).run(progress)
+            except UnsupportedError as error:
+                result.unavailable = str(error)
     comparison.results.append(result)
 
 

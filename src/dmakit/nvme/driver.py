@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -205,7 +206,8 @@ class NvmeDriver:
     def stop(self, *, quiet: bool = False) -> None:
         """Drain for a moment, delete the queues, shut down, cancel what is left, give all memory back.
 
-        ``quiet``: a dead controller is not an error. Whatever happens, the controller is stopped before memory goes.
+        ``quiet``: a dead controller is not an error, nor are descriptors whose request was interrupted. Whatever
+        happens, the controller is stopped before memory goes.
         """
         admin = self.admin
         if admin is None:
@@ -225,7 +227,7 @@ class NvmeDriver:
             for pair in self.pairs:
                 pair.free()
             self.pairs.clear()
-            admin.free(self.small.destroy, self.large.destroy)
+            admin.free(*(partial(pool.destroy, quiet) for pool in (self.small, self.large)))
 
     def leave(self, admin: AdminDriver) -> None:
         """Delete the queues and tell the controller that we go."""

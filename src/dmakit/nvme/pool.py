@@ -132,15 +132,18 @@ class DescriptorPool:
         """Give a block back; MisuseError when it is free already."""
         self._free(block)
 
-    def destroy(self) -> None:
-        """Give every page back; MisuseError while blocks are out."""
-        if self.used:
+    def destroy(self, lost: bool = False) -> None:
+        """Give every page back; MisuseError while blocks are out, unless they are ``lost``: who held them was
+        interrupted, and no device reads them any more."""
+        if self.used and not lost:
             raise MisuseError(f"descriptor pool: destroyed with {self.used} blocks of {self.size} bytes in use")
         for page in self.pages:
             page.free()
         self.pages.clear()
         self.blocks.clear()
         self.idle.clear()
+        self.used = 0
+        self.used = 0
 
 
 class PlainPage:
