@@ -32,10 +32,12 @@ class Boot:
     @property
     def name(self) -> str:
         """Kernel, variant and what runs."""
-        return f"{self.machine.kernel}-{self.machine.iommu}{'' if self.paths == GUEST else '-portable'}"
+        what = {GUEST: "", HOTPLUG: "-hotplug"}.get(self.paths, "-portable")
+        return f"{self.machine.kernel}-{self.machine.iommu}{what}"
 
 
 GUEST = ("tests/vm/guest",)
+HOTPLUG = ("tests/vm/guest/test_unplug.py",)
 # What must hold on the guest's Python and processor as well: on the software machine, and where it is portable on VFIO.
 PORTABLE = ("tests/memory", "tests/dma", "tests/nvme/test_controller.py")
 ON_VFIO = ("tests/dma", "tests/nvme/test_controller.py", "-m", "portable", "-k", "type1 or iommufd")
@@ -51,7 +53,9 @@ def boots() -> list[Boot]:
     debian = [Boot(replace(EVERYTHING, kernel="debian", iommu=name), GUEST, levels[name]) for name in IOMMUS]
     portable = [Boot(replace(EVERYTHING, iommu=name), ON_VFIO, "full") for name in IOMMUS[1:]]
     portable += [Boot(replace(EVERYTHING, kernel="debian", iommu=name), ON_VFIO, "full") for name in IOMMUS]
-    return [*iommufd, *debian, Boot(EVERYTHING, PORTABLE, "ci"), *portable]
+    plugged = replace(EVERYTHING, hotplug=True)
+    hotplug = [Boot(plugged, HOTPLUG, "ci"), Boot(replace(plugged, kernel="debian"), HOTPLUG, "full")]
+    return [*iommufd, *debian, *hotplug, Boot(EVERYTHING, PORTABLE, "ci"), *portable]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

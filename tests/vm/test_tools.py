@@ -176,7 +176,7 @@ def test_the_job_says_what_to_run() -> None:
 def test_no_two_devices_share_an_address(iommu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Part, "ensure", lambda part: tmp_path)
     (tmp_path / "x.ext4").write_text("")
-    full = machine.Machine(iommu=iommu, nvme=8, cmb=True, edu=True)
+    full = machine.Machine(iommu=iommu, nvme=8, cmb=True, edu=True, hotplug=True)
     shares = {"ro-checkout": tmp_path, "job": tmp_path, "out": tmp_path}
     argv = machine.command(full, tmp_path / "vmlinuz", tmp_path / "initrd", shares, tmp_path)
     found = [match for word in argv for match in re.findall(r"addr=([0-9a-f]+)", word)]
@@ -184,7 +184,8 @@ def test_no_two_devices_share_an_address(iommu: str, tmp_path: Path, monkeypatch
     drives = [word for word in argv if word.startswith("nvme,")]
     assert [re.findall(r"addr=([0-9a-f]+)", word)[0] for word in drives] == list("456789ab")
     assert ["cmb_size_mb" in word for word in drives] == [n == 1 for n in range(8)]
-    assert "edu,addr=10" in argv
+    assert "edu,addr=10" in argv and "pcie-root-port,id=hotport,chassis=1,slot=1,addr=11" in argv
+    assert "pcie_ports=native" in argv[-1].split()
     assert (tmp_path / "nvme7.raw").stat().st_size == 1 << 30
 
 
@@ -221,10 +222,11 @@ def test_the_status_is_the_one_that_the_guest_wrote(tmp_path: Path) -> None:
 
 
 def test_options_make_the_machine() -> None:
-    words = "run --kernel debian --iommu amd --nvme 2 --cmb --edu --nvme-mib 64 --qemu=-device --qemu=e1000 -- ls -l"
+    words = "run --kernel debian --iommu amd --nvme 2 --cmb --edu --hotplug --nvme-mib 64"
+    words += " --qemu=-device --qemu=e1000 -- ls -l"
     args = parser().parse_args(words.split())
     assert args.command == ["ls", "-l"]
-    expected = machine.Machine("debian", "amd", 2, 64, "", True, True, extra=("-device", "e1000"))
+    expected = machine.Machine("debian", "amd", 2, 64, "", True, True, True, extra=("-device", "e1000"))
     assert machine_of(args) == expected
 
 

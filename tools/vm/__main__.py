@@ -46,6 +46,7 @@ def add_machine(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--nvme-props", default="", metavar="P=V,…", help="more QEMU properties of each, e.g. mdts=5")
     verb.add_argument("--cmb", action="store_true", help="a 64 MiB controller memory buffer on the last of two drives")
     verb.add_argument("--edu", action="store_true", help="QEMU's teaching device at 00:10.0")
+    verb.add_argument("--hotplug", action="store_true", help="a port at 00:11.0, into which QMP plugs devices")
     verb.add_argument("--processors", type=int, default=2, metavar="N")
     verb.add_argument("--memory", type=int, default=2048, metavar="MIB")
     verb.add_argument("--append", default="", metavar="PARAMETERS", help="more kernel parameters")
@@ -54,7 +55,8 @@ def add_machine(verb: argparse.ArgumentParser) -> None:
 
 def machine_of(args: argparse.Namespace) -> Machine:
     """The Machine that the options ask for."""
-    names = ("kernel", "iommu", "nvme", "nvme_mib", "nvme_props", "cmb", "edu", "processors", "memory", "append")
+    names = ["kernel", "iommu", "nvme", "nvme_mib", "nvme_props", "cmb", "edu", "hotplug"]
+    names += ["processors", "memory", "append"]
     return Machine(**{name: getattr(args, name) for name in names}, extra=tuple(args.qemu))
 
 

@@ -32,6 +32,10 @@ class Variant:
 APPEND = "console=ttyS0 quiet panic=-1 random.trust_cpu=on tsc=reliable no_timer_check"
 UNSAFE = "iommufd.allow_unsafe_interrupts=1 vfio_iommu_type1.allow_unsafe_interrupts=1"
 VTD = ("-device", "intel-iommu,intremap=on,caching-mode=off")
+# A port that the guest's pciehp serves, not the firmware's ACPI: a press on its button, five seconds, gone.
+PORT = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off",
+        "-device", "pcie-root-port,id=hotport,chassis=1,slot=1,addr=11")  # fmt: skip
+NATIVE = "pcie_ports=native"
 VARIANTS = {
     "vtd-lazy": Variant(VTD, "intel_iommu=on", "VT-d, second-stage tables, deferred flushes"),
     "vtd-strict": Variant(VTD, "intel_iommu=on iommu.strict=1", "VT-d, flushes before an unmap returns"),
@@ -57,6 +61,7 @@ class Machine:
     nvme_props: str = ""
     cmb: bool = False
     edu: bool = False
+    hotplug: bool = False
     processors: int = 2
     memory: int = 2048
     append: str = ""
@@ -98,7 +103,7 @@ def command(machine: Machine, kernel: Path, initrd: Path, shares: dict[str, Path
         local = f"local,id={tag},path={folder},security_model=none,multidevs=remap{only}"
         argv += ["-fsdev", local, "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag},addr={0x19 + number:x}"]
     argv += _devices(machine, scratch)
-    append = f"{APPEND} {variant.append} {machine.append}"
+    append = f"{APPEND} {variant.append} {NATIVE if machine.hotplug else ''} {machine.append}"
     return [*argv, *machine.extra, "-kernel", str(kernel), "-initrd", str(initrd), "-append", append]
 
 
@@ -136,4 +141,5 @@ def _devices(machine: Machine, scratch: Path) -> list[str]:
         buffer = ",cmb_size_mb=64" if machine.cmb and number == min(1, machine.nvme - 1) else ""
         argv += ["-drive", f"if=none,id=nvme{number},{_file(drive, bad_block(machine, number))}"]
         argv += ["-device", f"nvme,drive=nvme{number},serial=DMAKIT{number},addr={4 + number:x}{buffer}{props}"]
-    return [*argv, "-device", "edu,addr=10"] if machine.edu else argv
+    argv += ["-device", "edu,addr=10"] if machine.edu else []
+    return [*argv, *PORT] if machine.hotplug else argv

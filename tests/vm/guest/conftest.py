@@ -1,10 +1,10 @@
-"""The guest's side: tests marked ``on(kernel=…, iommu=…)`` run only where they apply, in sight of the reader."""
+"""The guest: tests marked ``on(kernel=…, iommu=…, hotplug=…)`` run only where they apply, in sight of a reader."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.vm.guest.support import IOMMU, KERNEL
+from tests.vm.guest.support import HOTPLUG, IOMMU, KERNEL
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -15,7 +15,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def applies(mark: pytest.Mark) -> bool:
     """Whether this boot is one that the marker names."""
-    for name, here in (("kernel", KERNEL), ("iommu", IOMMU)):
+    for name, here in (("kernel", KERNEL), ("iommu", IOMMU), ("hotplug", HOTPLUG)):
         named = mark.kwargs.get(name, here)
         if here not in ((named,) if isinstance(named, str) else named):
             return False

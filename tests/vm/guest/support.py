@@ -16,6 +16,7 @@ FULL = os.environ.get("DMAKIT_VM_FULL") == "1"
 NVME = ("0000:00:04.0", "0000:00:05.0")
 EDU = "0000:00:10.0"
 PCI = Path("/sys/bus/pci/devices")
+HOTPLUG = "yes" if (PCI / "0000:00:11.0").exists() else "no"
 TRACE = Path("/sys/kernel/tracing")
 
 

@@ -1,8 +1,8 @@
 """A drive is taken away while dmakit drives it: the kernel waits, the driver ends in order, the others do not notice.
 
-``remove`` and ``unbind`` in sysfs take the way through vfio-pci's remove callback that a hot unplug takes: it asks for
-the device (REQ) and blocks until the device's file is closed. A fatal error (ERR) is signalled by the kernel on our
-request (the interface's loopback): QEMU's drive has no error to report.
+Where the machine has a port for it (``--hotplug``), a drive is pulled out. ``remove`` and ``unbind`` in sysfs take the
+same way through vfio-pci's remove callback, which asks for the device (REQ) and blocks until its file is closed. An
+error (ERR) is signalled by the kernel on our request (the interface's loopback): QEMU's drive has no error to report.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from dmakit.errors import HostError
 from dmakit.nvme.registers import ControllerError
 from dmakit.platform.linux import uapi
 from dmakit.platform.linux.irqs import set_irqs
+from tests.vm.guest.qmp import Monitor
 from tests.vm.guest.support import FULL, NVME, PCI, driver_of, until
 from tests.vm.guest.vfio_support import BACKENDS, EDU, bound, descriptors, pinned
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 pytestmark = [] if FULL else [pytest.mark.on(kernel="iommufd", iommu="vtd-lazy")]
 TAKEN, STAYS = NVME
+HOT = "0000:01:00.0"
 ASKED = "the host wants the device back (it is being unbound, removed or unplugged)"
 LIMIT = 120  # seconds: for an emulated machine on a busy host
 TAKE = {
@@ -139,6 +142,47 @@ def test_a_drive_is_taken_away_under_io_and_the_other_goes_on(backend: str, how:
                 assert again.namespaces[1].read(lba, 8) == data
 
     asyncio.run(main())
+
+
+@contextmanager
+def plugged_in() -> Iterator[Monitor]:
+    """A drive in the port; afterwards, when it was pulled out, QEMU has forgotten it."""
+    with Monitor() as monitor:
+        monitor("blockdev-add", driver="null-co", size=64 << 20, **{"node-name": "plug", "read-zeroes": True})
+        monitor("device_add", driver="nvme", id="hot", bus="hotport", drive="plug", serial="HOT")
+        until(lambda: (PCI / HOT).exists(), "the drive is there", LIMIT)
+        vfio.bind(HOT)
+        yield monitor
+        until(lambda: not (PCI / HOT).exists(), "the kernel has let the drive go", LIMIT)
+        until(lambda: "hot" not in {entry["name"] for entry in monitor("qom-list", path="/machine/peripheral")},
+              "QEMU has taken the drive out", LIMIT)  # fmt: skip
+        monitor("blockdev-del", **{"node-name": "plug"})
+
+
+@pytest.mark.on(hotplug="yes")
+@backends
+def test_a_drive_is_pulled_out_under_io_and_the_other_goes_on(backend: str) -> None:
+    async def main(monitor: Monitor) -> None:
+        async with opened(STAYS, backend) as other:
+            steady = Writer(other.namespaces[1])
+            going = asyncio.create_task(steady.run())
+            async with opened(HOT, backend) as controller:
+                running = asyncio.create_task(Writer(controller.namespaces[1]).run())
+                monitor("device_del", id="hot")
+                with pytest.raises(ControllerError) as caught:
+                    await asyncio.wait_for(running, LIMIT)
+                assert str(caught.value).startswith(f"{HOT}: {ASKED}; CC=0x"), caught.value
+                assert (PCI / HOT).exists(), "the kernel waits for us"
+            before = steady.writes
+            while (PCI / HOT).exists() or steady.writes < before + 40:
+                await asyncio.sleep(0.01)
+                assert not going.done()
+            steady.stopped = True
+            await going
+            await steady.check()
+
+    with plugged_in() as monitor:
+        asyncio.run(asyncio.wait_for(main(monitor), 2 * LIMIT))
 
 
 @backends
