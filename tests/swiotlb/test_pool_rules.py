@@ -59,6 +59,32 @@ def test_a14_the_rest_of_the_granule_is_zeroed_for_an_untrusted_device() -> None
     assert memory.read(whole, 4096) == memory.read(RAM, 4096)
 
 
+@pytest.mark.parametrize("granule", [1 << 13, 1 << 21, 1 << 31])
+def test_pads_end_with_the_mappings_slots(granule: int) -> None:
+    """A granule larger than the mapping was aligned for holds other mappings, or memory behind the pool."""
+    pool = pool_of()
+    pool.memory.fill(RAM, 64 << 10, 0x55)
+    first, tlb, last = (pool.map(RAM + 0x345, 0x123, alloc_align_mask=4095, min_align_mask=4095) for _ in range(3))
+    low = tlb // granule * granule
+    before = pool.memory.read(0, 64 << 20)
+    text = rf"^granule={granule:#x}: \[{low:#x}, {low + granule:#x}\) is not inside one bounced mapping$"
+    with pytest.raises(MisuseError, match=text):
+        pool.zero_pads(tlb, 0x123, granule)
+    assert pool.memory.read(0, 64 << 20) == before
+    assert len({first >> 12, tlb >> 12, last >> 12}) == 3
+
+
+def test_pads_take_in_the_padding_slots() -> None:
+    pool = pool_of()
+    pool.memory.fill(START, 0x4000, 0xAA)
+    pool.memory.fill(RAM, 4096, 0x55)
+    tlb = pool.map(RAM + 0xC00, 0x100, alloc_align_mask=8191, min_align_mask=4095)
+    pool.zero_pads(tlb, 0x100, 8192)
+    granule = pool.memory.read(tlb & ~8191, 8192)
+    assert (granule.count(0), granule.count(0x55)) == (8192 - 0x100, 0x100)
+    assert pool.memory.read((tlb & ~8191) + 8192, 1) == b"\xaa"
+
+
 @pytest.mark.parametrize("direction", [BIDI, TO, FROM])
 @pytest.mark.parametrize("skip", [False, True])
 def test_copy_in_always_and_copy_back_by_direction(direction: int, skip: bool) -> None:

@@ -408,9 +408,15 @@ class Swiotlb:
             self._bounce(tlb, size, True)
 
     def zero_pads(self, tlb: int, size: int, granule: int) -> None:
-        """Clear the rest of the granules (``granule`` bytes, a power of two) around [tlb, tlb + size)."""
+        """Clear the rest of the granules (``granule`` bytes, a power of two) around [tlb, tlb + size).
+
+        MisuseError when they reach beyond the mapping's own slots: it was made with a smaller ``alloc_align_mask``.
+        """
         _check_mask("granule - 1", granule - 1, 31)
         self._check_live(tlb, size, DMA_BIDIRECTIONAL)
+        pool, low, high = self._pool_of(tlb), tlb & -granule, -(-(tlb + size) // granule) * granule
+        if pool is None or not pool.owns(tlb, low, high):
+            raise MisuseError(f"granule={granule:#x}: [{low:#x}, {high:#x}) is not inside one bounced mapping")
         self._zero_pads(tlb, size, granule - 1)
 
     def contains(self, phys: int) -> bool:

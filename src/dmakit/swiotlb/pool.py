@@ -208,6 +208,15 @@ class SwiotlbPool:
         left, within = int(self.left[slot]), tlb & (IO_TLB_SIZE - 1)
         return left - within if left > within else 0
 
+    def owns(self, tlb: int, low: int, high: int) -> bool:
+        """Whether [low, high), around ``tlb``, is in the slots, with padding, of the live allocation of ``tlb``."""
+        room = self.room(tlb)
+        if room == 0 or not self.start <= low <= tlb:
+            return False
+        slot, first = (tlb - self.start) >> IO_TLB_SHIFT, (low - self.start) >> IO_TLB_SHIFT
+        end = (tlb + room + IO_TLB_SIZE - 1) >> IO_TLB_SHIFT << IO_TLB_SHIFT
+        return high <= end and int(self.left[first]) == int(self.left[slot]) + ((slot - first) << IO_TLB_SHIFT)
+
     def begins(self, tlb: int) -> bool:
         """Whether an allocation's buffer begins in the slot of ``tlb``."""
         slot = (tlb - self.start) >> IO_TLB_SHIFT
