@@ -157,6 +157,51 @@ def test_gap_inside_a_request_is_refused() -> None:
     assert small.used == large.used == 0
 
 
+WRONG = {
+    "beyond the total": lambda w: w.feed(0x40000, 600 * PAGE),
+    "not from a page": lambda w: w.feed(0x40200, PAGE),
+    "not to a page": lambda w: w.feed(0x40000, PAGE + 1),
+    "gap far behind": lambda w: w.feed(0x40000, 514 * PAGE + 1),
+    "no address": lambda w: w.feed(-1, PAGE),
+    "build, gap": lambda w: w.build([(0x1000, 40 * PAGE), (0x3200, 0x200)]),
+    "build, no address": lambda w: w.build([(0x1000, PAGE), (1 << 64, PAGE)]),
+    "build, nothing": lambda w: w.build([]),
+    "batch": lambda w: w.build_batch(array("Q", [0, 1]), array("Q", [40 * PAGE, 0]), array("Q", [0, 1, 2]), words(4)),
+}
+
+
+def words(count: int) -> array[int]:
+    return array("Q", bytes(8 * count))
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("fed", [0, 1, 2, 30, 512, 513, 514])
+def test_what_is_refused_leaves_the_request_as_it_was(wrong: str, fed: int) -> None:
+    """Ranges of a page are fed, a wrong call comes, then the rest: the list is the one without the wrong call."""
+    small, large = pools()
+    writer = PrpWriter(small, large)
+    ranges = [((1 << 20) + at * 2 * PAGE, PAGE) for at in range(550)]
+    writer.begin(550 * PAGE)
+    for addr, length in ranges[:fed]:
+        writer.feed(addr, length)
+
+    def seen() -> tuple[int, ...]:
+        blocks = (len(writer.blocks), small.used, large.used)
+        return writer.prp1, writer.prp2, writer.left, writer.entries, *blocks
+
+    before = seen()
+    with pytest.raises(MisuseError):
+        WRONG[wrong](writer)
+    assert seen() == before
+    for addr, length in ranges[fed:]:
+        writer.feed(addr, length)
+    memory = {block.addr: block.words for block in writer.blocks}
+    assert decode(writer.prp1, writer.prp2, 550 * PAGE, memory) == reference(ranges)
+    assert writer.left == 0
+    writer.drop(writer.blocks)
+    assert small.used == large.used == 0
+
+
 def test_batch_equals_scalar() -> None:
     writer = PrpWriter(*pools())
     requests = [[(0x10200, 512)], [(0x20000, 131072)], [(0x60000, 4096), (0x90000, 8192)], [(0x100E00, 512 * 9)]]

@@ -157,14 +157,18 @@ class PrpWriter:
         self._begin(total)
 
     def feed(self, addr: int, length: int) -> None:
-        """Append the mapped range [addr, addr+length)."""
+        """Append the mapped range [addr, addr+length).
+
+        A range that is refused leaves the request as it was. After an ExhaustedError begin anew: ``blocks`` are those
+        to ``drop``.
+        """
         if not 0 <= addr < 1 << 63 or length <= 0 or length >= 1 << 32:
             raise MisuseError(
                 f"PRP: range (addr={addr:#x}, length={length}): addr must lie in [0, 2^63), length above 0"
             )
-        left = self.left
-        if self._feed(addr, length):
-            self.left = left
+        begins = self.stage == 0 or addr & PAGE_MASK_LOW == 0
+        ends = length == self.left or (addr + length) & PAGE_MASK_LOW == 0
+        if length > self.left or not begins or not ends or self._feed(addr, length):
             raise MisuseError(
                 f"PRP: range (addr={addr:#x}, length={length}) does not continue the request: ranges must meet on "
                 f"{4096}-byte pages and stay within the total",
@@ -172,13 +176,16 @@ class PrpWriter:
             )
 
     def build(self, ranges: list[tuple[int, int]]) -> tuple[int, int, list[Block]]:
-        """(PRP1, PRP2, list blocks) for the ranges of one request; on failure the blocks are given back."""
+        """(PRP1, PRP2, list blocks) for the ranges of one request; on failure the blocks are given back, and the
+        writer is as it was."""
+        before = self._kept()
         self.begin(sum(length for _, length in ranges))
         try:
             for addr, length in ranges:
                 self.feed(addr, length)
         except BaseException:
             self.drop(self.blocks)
+            self._restore(before)
             raise
         return self.prp1, self.prp2, self.blocks
 
@@ -193,8 +200,9 @@ class PrpWriter:
 
         ``addrs`` and ``lengths`` hold all ranges (uint64), request i has those from ``bounds[i]`` to ``bounds[i+1]``;
         ``prps`` receives PRP1 and PRP2 of request i at 2i and 2i+1. Returns the list blocks of each request. On a
-        failure every block of the batch is given back.
+        failure every block of the batch is given back, and the writer is as it was.
         """
+        before = self._kept()
         blocks: list[list[Block]] = []
         self.batch = blocks
         out = words_of("prps", prps, 2 * len(bounds) - 2)
@@ -209,6 +217,7 @@ class PrpWriter:
                 )
         except DmakitError:
             self.drop_batch(blocks)
+            self._restore(before)
             raise
         return blocks
 
@@ -239,6 +248,16 @@ class PrpWriter:
             prps[2 * i] = self.prp1
             prps[2 * i + 1] = self.prp2
         return -1
+
+    def _kept(self) -> tuple[int, int, int, int, int, int, list[Block]]:
+        """Where the request being written stands."""
+        return self.prp1, self.prp2, self.left, self.entries, self.slot, self.stage, self.blocks
+
+    def _restore(self, kept: tuple[int, int, int, int, int, int, list[Block]]) -> None:
+        """Go on with the request that ``_kept`` saw; the block being written is the last of its list."""
+        self.prp1, self.prp2, self.left, self.entries, self.slot, self.stage, self.blocks = kept
+        if self.blocks:
+            self.block = self.blocks[len(self.blocks) - 1]  # compiled, -1 is no index
 
     def drop(self, blocks: list[Block]) -> None:
         """Give list blocks back to their pools."""
