@@ -88,6 +88,7 @@ BY_NAME: dict[str, Make] = {
     "bit_bucket": just(False),
     "dword": just(False),
     "longer": just(False),
+    "lost": just(False),
     "force_snoop": just(False),
     "presumed": just(False),
     "meta_sgl_supported": just(False),
