@@ -48,19 +48,7 @@ def _pairs(world: World) -> list[tuple[int, int]]:
 
 _ZERO = ("cpu", "attrs", "offset", "flags", "row", "order", "source", "level", "sector", "gap_bit", "node", "seed")
 _ONE = ("size", "count", "amount", "nth", "cause", "lo", "page", "key", "value", "kind", "map_type", "areas", "cpus")
-_FALSE = (
-    "write",
-    "ih",
-    "integrity",
-    "admin",
-    "coalesced",
-    "metadata",
-    "transient",
-    "single",
-    "caching_mode",
-    "queued",
-    "lost",
-)
+_FALSE = ("write", "ih", "integrity", "admin", "coalesced", "metadata", "transient", "single", "caching_mode", "queued")
 _TRUE = (
     "on",
     "online",
