@@ -85,10 +85,10 @@ def compare(cores: tuple[Core, Core], program: Any) -> None:
 
 
 def test_the_two_children_run_different_cores(cores: tuple[Core, Core]) -> None:
+    compare(cores, (0, [("map_phys", 0, 4096, 0, 1), ("unmap_phys", 0, 0, 0, 0)]))
     for core, wanted in zip(cores, ("python", "compiled"), strict=True):
         environment = Path(f"/proc/{core.process.pid}/environ").read_bytes()
         assert f"DMAKIT_CORE={wanted}".encode() in environment
-    compare(cores, (0, [("map_phys", 0, 4096, 0, 1), ("unmap_phys", 0, 0, 0, 0)]))
 
 
 ALIKE = {"deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}

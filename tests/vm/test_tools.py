@@ -111,7 +111,8 @@ def test_a_failing_step_names_the_log_and_shows_its_end(tmp_path: Path) -> None:
 def test_an_interrupted_step_leaves_no_process_and_no_mount(tmp_path: Path) -> None:
     mounts = Path("/proc/self/mounts").read_text()
     code = (
-        "import sys; from pathlib import Path; from tools.vm.store import Workshop\n"
+        "import signal, sys; from pathlib import Path; from tools.vm.store import Workshop\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & ignores it\n"
         "folder = Path(sys.argv[1]); step = Workshop('thing', folder, folder).step\n"
         "script = f'mount -t tmpfs none {folder}/out; sleep 987 & echo $!; echo up; wait'\n"
         "step('waiting', ['sh', '-c', script])"
