@@ -8,7 +8,7 @@ any other access (a fault, a large leaf, a cold cache, a dirty bit behind a cach
 Random accesses miss both caches. The time of a miss goes into table entries that are far from the CPU and into jumps
 that it guesses wrong, so the loop asks for the leaf entry of the access ``_AHEAD`` places on before it needs it, keeps
 at hand the level-2 table that it walked last (``top``, the gigabyte it spans), takes an entry that permits everything
-and lacks no bit (``plain``) without taking it apart, and has no jump that depends on the order of ways.
+and lacks no bit (``plain``) without taking it apart, and finds ways without a jump that depends on their order.
 
 It works on the arrays of the two caches, which it shares, and counts in itself until the batch ends (``_end``).
 Measured: docs/design/performance.md.
