@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 KERNEL = os.environ.get("DMAKIT_VM_KERNEL", "")
 IOMMU = os.environ.get("DMAKIT_VM_IOMMU", "")
 FULL = os.environ.get("DMAKIT_VM_FULL") == "1"
+LONG = pytest.mark.skipif(not FULL, reason="in the full matrix (--vm full)")
 NVME = ("0000:00:04.0", "0000:00:05.0")
 EDU = "0000:00:10.0"
 PCI = Path("/sys/bus/pci/devices")

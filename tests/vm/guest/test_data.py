@@ -20,14 +20,13 @@ import pytest
 
 from dmakit import nvme, vfio
 from dmakit.nvme.exercise import Verifier
-from tests.vm.guest.support import FULL, IOMMU, KERNEL, NVME, kernel_nvme, modprobe
+from tests.vm.guest.support import FULL, IOMMU, KERNEL, LONG, NVME, kernel_nvme, modprobe
 
 BACKENDS = ("type1", "iommufd") if KERNEL == "iommufd" else ("type1",)
 STRATEGIES = ("premap", "two-step", "page", "sg")
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BLOCK = 512
 SIZE = (64 if FULL else 4) * MIB
-LONG = pytest.mark.skipif(not FULL, reason="in the full matrix (--vm full)")
 # Where a kernel has it in the short set: the others have it in the full matrix.
 SHORT = pytest.mark.skipif(not FULL and IOMMU != "vtd-lazy", reason="in the full matrix (--vm full)")
 backends = pytest.mark.parametrize("backend", BACKENDS)

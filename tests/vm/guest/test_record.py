@@ -18,11 +18,10 @@ from typing import Any
 
 import pytest
 
-from tests.vm.guest.support import FULL, IOMMU, KERNEL, NVME, TRACE, driver_of, until
+from tests.vm.guest.support import FULL, IOMMU, KERNEL, LONG, NVME, TRACE, driver_of, until
 
 REASON = "in the full matrix (--vm full)"
 pytestmark = pytest.mark.skipif(not FULL and IOMMU != "vtd-lazy", reason=REASON)
-LONG = pytest.mark.skipif(not FULL, reason=REASON)
 NOT_ON_BOTH = pytest.mark.skipif(not FULL and KERNEL == "iommufd", reason=REASON)
 FRESH = [word for drive in NVME for word in ("--fresh", drive)]  # the driver takes both drives
 PHASES = {

@@ -21,6 +21,7 @@ from dmakit.dma.direction import Direction
 from dmakit.errors import ExhaustedError, HostError, MisuseError, UnsupportedError
 from dmakit.platform.linux.kernel import Kernel
 from tests.support.vfio.conversation import talk
+from tests.vm.guest.support import LONG
 from tests.vm.guest.vfio_support import (
     BACKENDS,
     EDU,
@@ -106,15 +107,18 @@ def test_allowed_ranges_and_the_msi_window(backend: str) -> None:
             device.space.domain.map(0xFEE00000, device.buffer(PAGE).ranges[0][0], PAGE, 3)
 
 
+@pytest.mark.parametrize(
+    "steps", [20, pytest.param(200, marks=LONG)]
+)  # an access takes edu's timer a tenth of a second
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_random_windows_lead_where_the_truth_says(backend: str) -> None:
+def test_random_windows_lead_where_the_truth_says(backend: str, steps: int) -> None:
     rng = random.Random(7)
     with taken(backend) as (machine, device, port):
         pages = [machine.buffer(PAGE) for _ in range(48)]
         for number, page in enumerate(pages):
             page.write(0, bytes([number]) * PAGE)
         live: list[tuple[Any, list[int]]] = []
-        for _ in range(60):
+        for _ in range(steps):
             if len(live) == 6 or (live and rng.random() < 0.3):
                 state, numbers = live.pop(rng.randrange(len(live)))
                 state.destroy(len(numbers) * PAGE, BOTH)
