@@ -27,10 +27,8 @@ MISSING = bool(_core.status()["missing"]) and not os.environ.get("CI")  # in CI 
 no_core = pytest.mark.skipif(MISSING, reason="no compiled core here: ./dmakit build")
 ROOMS = ("block", "dma", "iommu", "iova", "nvme", "trace", "")
 SHARE = 40
-_DUCK = ("AttributeError", "BufferError", "IndexError", "KeyError")
-# What is not of the declared type may raise. Compiled, a memoryview is no list; interpreted, iterating one of two
-# dimensions is Python's NotImplementedError.
-DUCK = {"python": (*_DUCK, "NotImplementedError"), "compiled": _DUCK}
+DUCK = ("AttributeError", "BufferError", "IndexError", "KeyError")  # what is not of the declared type may raise
+SUB_VIEWS = "multi-dimensional sub-views are not implemented"  # Python's words when such a memoryview is iterated
 
 
 def room(name: str) -> list[str]:
@@ -54,7 +52,8 @@ def faults_of(core: str, answer: dict[str, Any]) -> str:
     """What one form may not do, or an empty text."""
     if "raised" not in answer:
         return ""
-    duck = not answer["loose"] and answer["raised"] in DUCK[core]
+    duck = answer["raised"] in DUCK or (core == "python" and answer["message"] == SUB_VIEWS)
+    duck = duck and not answer["loose"]
     if not answer["allowed"] and not duck:
         return f"{core}: {answer['raised']}: {answer['message']}"
     if answer["changed"] and not (core == "python" and not answer["own"]):

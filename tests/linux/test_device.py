@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import threading
-from pathlib import Path
 
 import pytest
 
 from dmakit import vfio
 from dmakit.errors import HostError, InputError, MisuseError, UnsupportedError
 from tests.linux.worlds import BACKENDS, BOTH, EDU, FROM, NVME, PAGE, TO, host, machine, taken
+from tests.support.sweep import descriptors
 from tests.support.vfio.devices import FakeDevice, FakeEdu, FakeRegion
 from tests.support.vfio.host import FakeHost
 
@@ -159,11 +159,6 @@ def test_registers_refuse_what_hardware_would_not_do() -> None:
             device.bar(3)
         with pytest.raises(UnsupportedError, match="not mapped as a whole"):
             device.bar(0).words()
-
-
-def descriptors() -> int:
-    """Open descriptors of this process."""
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def mapped_host() -> FakeHost:

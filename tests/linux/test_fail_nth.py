@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import mmap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,21 +13,14 @@ from dmakit.errors import DmakitError
 from dmakit.failpoint import FailPoint
 from dmakit.platform.linux.machine import Machine
 from tests.linux.worlds import BACKENDS, BOTH, EDU, NVME, PAGE, host
-from tests.support.sweep import sweep
+from tests.support.sweep import descriptors, no_collection, sweep
 from tests.support.vfio.host import FakeHost
 
 
 @pytest.fixture(autouse=True)
 def no_collection_in_between() -> Iterator[None]:
-    """What an earlier test left to the collector keeps files open: it must not go while descriptors are counted."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-def descriptors() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+    with no_collection():
+        yield
 
 
 class World:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.support.gates import gate
 from tests.support.platforms import IN_GUEST, PLATFORMS
+from tests.support.sweep import descriptors
 from tests.support.vfio.devices import FakeNvme
 from tests.support.vfio.host import FakeHost
 
@@ -127,7 +128,7 @@ class GuestWorld(World):
             gate(f"{', '.join(model)}: QEMU's drive is what it is")
         self.platform, self.guest, self.undo = platform, guest, ExitStack()
         self.undo.enter_context(guest.bound(guest.NVME))
-        self.before = guest.descriptors(), guest.pinned()
+        self.before = descriptors(), guest.pinned()
         self.machine: Any = LinuxMachine(ram="64M", backend=platform)
         self.space: Any = _Medium(self)
         self.current: Any = None
@@ -156,4 +157,4 @@ class GuestWorld(World):
             live = self.machine.live()
             self.machine.close()
             assert live["iova_ranges"] == live["mappings"] == 0
-            assert (self.guest.descriptors(), self.guest.pinned()) == self.before
+            assert (descriptors(), self.guest.pinned()) == self.before

@@ -7,13 +7,11 @@ machine.
 
 from __future__ import annotations
 
-import gc
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-from tests.support.sweep import sweep
+from tests.support.sweep import descriptors, no_collection, sweep
 from tests.support.vfio.devices import FakeNvme
 from tests.support.vfio.host import FakeHost
 
@@ -27,18 +25,10 @@ BACKENDS = ("type1", "iommufd", "unstaged")
 DATA = random.Random(5).randbytes(12 << 10)
 
 
-def descriptors() -> int:
-    """Open descriptors of this process."""
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
-
-
 @pytest.fixture(autouse=True)
 def no_collection_in_between() -> Iterator[None]:
-    """What an earlier test left to the collector keeps files open: it must not go while descriptors are counted."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
+    with no_collection():
+        yield
 
 
 class World:

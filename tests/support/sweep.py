@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from dmakit.errors import DmakitError
 from dmakit.failpoint import FailPoint
 
 World = TypeVar("World")
+
+
+def descriptors() -> int:
+    """Open descriptors of this process."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """What an earlier test left to the collector keeps files open: it must not go while descriptors are counted."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def sweep(

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-from tests.vm.guest.support import HOTPLUG, IOMMU, KERNEL
+from tests.vm.guest.support import HOTPLUG, IOMMU, KERNEL, NVME, bind, driver_of, modprobe, unbind, until
+
+
+@pytest.fixture
+def drive_on_vfio() -> Iterator[None]:
+    """The first drive is vfio-pci's."""
+    modprobe("vfio-pci")
+    if IOMMU == "virtio":
+        modprobe("vfio_iommu_type1", "allow_unsafe_interrupts=1")
+    bind(NVME[0], "vfio-pci")
+    until(lambda: driver_of(NVME[0]) == "vfio-pci", "vfio-pci has the drive")
+    yield
+    unbind(NVME[0])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,9 +9,10 @@ from dmakit import vfio
 from dmakit.dma.device import Device
 from tests.support.gates import gate
 from tests.support.platforms import Platform, host_options
+from tests.support.sweep import descriptors
 from tests.vm.guest.accesses import DriveAccesses
 from tests.vm.guest.support import IOMMU, KERNEL, NVME
-from tests.vm.guest.vfio_support import EDU, bound, descriptors, pinned
+from tests.vm.guest.vfio_support import EDU, bound, pinned
 
 
 class GuestPlatform(Platform):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,24 +10,15 @@ from dmakit import nvme
 from dmakit.nvme.costs import ROUNDS, Costs, Line
 from dmakit.nvme.exercise import Verifier
 from dmakit.reasons import Reason
-from tests.vm.guest.support import IOMMU, KERNEL, NVME, bind, driver_of, modprobe, unbind, until
+from tests.vm.guest.support import IOMMU, KERNEL, NVME
 
 BDF = NVME[0]
 BACKENDS = ("type1", "iommufd") if KERNEL == "iommufd" else ("type1",)
 
-pytestmark = pytest.mark.on(iommu=("vtd-lazy", "vtd-strict", "vtd-sm", "amd", "virtio"))
-
-
-@pytest.fixture(autouse=True)
-def ours() -> Iterator[None]:
-    """The drive is vfio-pci's."""
-    modprobe("vfio-pci")
-    if IOMMU == "virtio":
-        modprobe("vfio_iommu_type1", "allow_unsafe_interrupts=1")
-    bind(BDF, "vfio-pci")
-    until(lambda: driver_of(BDF) == "vfio-pci", "vfio-pci has the drive")
-    yield
-    unbind(BDF)
+pytestmark = [
+    pytest.mark.on(iommu=("vtd-lazy", "vtd-strict", "vtd-sm", "amd", "virtio")),
+    pytest.mark.usefixtures("drive_on_vfio"),
+]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

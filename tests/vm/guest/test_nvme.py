@@ -11,7 +11,6 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,16 +20,12 @@ from dmakit.errors import HostError
 from dmakit.nvme.exercise import Verifier
 from tests.vm.guest.support import (
     FULL,
-    IOMMU,
     KERNEL,
     NVME,
     bind,
-    driver_of,
     kernel_nvme,
-    modprobe,
     read_direct,
     unbind,
-    until,
 )
 
 BDF = NVME[0]
@@ -38,19 +33,10 @@ SIZE = (64 if FULL else 4) << 20
 BACKENDS = ("type1", "iommufd") if KERNEL == "iommufd" else ("type1",)
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
-pytestmark = pytest.mark.on(iommu=("vtd-lazy", "vtd-strict", "vtd-sm", "amd", "virtio"))
-
-
-@pytest.fixture(autouse=True)
-def ours() -> Iterator[None]:
-    """The drive is vfio-pci's."""
-    modprobe("vfio-pci")
-    if IOMMU == "virtio":
-        modprobe("vfio_iommu_type1", "allow_unsafe_interrupts=1")
-    bind(BDF, "vfio-pci")
-    until(lambda: driver_of(BDF) == "vfio-pci", "vfio-pci has the drive")
-    yield
-    unbind(BDF)
+pytestmark = [
+    pytest.mark.on(iommu=("vtd-lazy", "vtd-strict", "vtd-sm", "amd", "virtio")),
+    pytest.mark.usefixtures("drive_on_vfio"),
+]
 
 
 def opened(backend: str, **options: Any) -> nvme.Controller:

@@ -25,9 +25,10 @@ from dmakit.errors import HostError
 from dmakit.nvme.registers import ControllerError
 from dmakit.platform.linux import uapi
 from dmakit.platform.linux.irqs import set_irqs
+from tests.support.sweep import descriptors
 from tests.vm.guest.qmp import Monitor
 from tests.vm.guest.support import FULL, NVME, PCI, driver_of, until
-from tests.vm.guest.vfio_support import BACKENDS, EDU, bound, descriptors, pinned
+from tests.vm.guest.vfio_support import BACKENDS, EDU, bound, pinned
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 pytestmark = [] if FULL else [pytest.mark.on(kernel="iommufd", iommu="vtd-lazy")]

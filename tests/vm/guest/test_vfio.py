@@ -20,6 +20,7 @@ from dmakit import vfio
 from dmakit.dma.direction import Direction
 from dmakit.errors import ExhaustedError, HostError, MisuseError, UnsupportedError
 from dmakit.platform.linux.kernel import Kernel
+from tests.support.sweep import descriptors
 from tests.support.vfio.conversation import talk
 from tests.vm.guest.support import LONG
 from tests.vm.guest.vfio_support import (
@@ -33,7 +34,6 @@ from tests.vm.guest.vfio_support import (
     Edu,
     EduPort,
     bound,
-    descriptors,
     pinned,
 )  # fmt: skip
 

@@ -37,11 +37,6 @@ def pinned() -> int:
     return 1024 * (int(fields["VmPin"].split()[0]) + int(fields["VmLck"].split()[0]))
 
 
-def descriptors() -> int:
-    """Open descriptors of this process."""
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
-
-
 class Edu:
     """QEMU's edu: 4 KiB of its own at 0x40000, and a DMA engine."""
 
