@@ -368,6 +368,7 @@ SEEN: dict[str, Callable[[Any], Any]] = {
     "DescriptorPool": lambda p: (p.used, len(p.idle), len(p.pages)),
     "IommuUnit": lambda u: (_words(u.walker.contexts), len(u.devtlbs)),
     "PrpWriter": lambda p: (p.left, len(p.blocks)),
+    "SglWriter": lambda s: (s.low, s.high, s.entries, s.room, len(s.blocks)),
     "Swiotlb": lambda s: (s.used, [pool.allocations() for pool in s.pools], s.low, s.high),
     "FailPoint": lambda f: f.countdown,
     "Gather": lambda g: (g.start, g.end, g.freelist),

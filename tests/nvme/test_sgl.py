@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmakit.errors import MisuseError
+from dmakit.errors import ExhaustedError, MisuseError
 from dmakit.failpoint import FailPoint
 from dmakit.ledger import Ledger
 from dmakit.nvme.pool import LARGE_BYTES, SMALL_BYTES, DescriptorPool, PlainSource
@@ -100,6 +100,31 @@ def test_batch_gives_every_block_back_on_error() -> None:
     with pytest.raises(MisuseError, match=r"^SGL: request 1: it must have 1 to 256 ranges of 1 to 2\^32 - 1 bytes$"):
         SglWriter(small, large).build_batch(*arguments)
     assert small.used == large.used == 0
+
+
+@pytest.mark.parametrize("how", ["build", "pool", "batch"])
+def test_a_refused_request_leaves_the_one_being_written(how: str) -> None:
+    fail = FailPoint()
+    small, large = pools(fail)
+    writer = SglWriter(small, large)
+    ranges = [(at << 16, 512 + at) for at in range(20)]
+    writer.begin(len(ranges))
+    for addr, length in ranges[:7]:
+        writer.feed(addr, length)
+    if how == "build":
+        with pytest.raises(MisuseError, match=r"^SGL: range \(addr=0x20000, length=0\)"):
+            writer.build([(1 << 16, 512), (2 << 16, 0)])
+    elif how == "pool":
+        fail.arm(0)
+        with pytest.raises(ExhaustedError, match=r"no memory$"):
+            writer.build(ranges[:3])
+    else:
+        with pytest.raises(MisuseError, match=r"^SGL: request 1"):
+            writer.build_batch(*(memoryview(array("Q", a)) for a in ([1, 2, 3], [4, 4, 0], [0, 2, 3], [0] * 4)))
+    for addr, length in ranges[7:]:
+        writer.feed(addr, length)
+    assert list(writer.blocks[0].words[:40]) == [word for pair in ranges for word in pair]
+    assert (small.used, large.used, writer.entries) == (0, 1, 20)
 
 
 def read(

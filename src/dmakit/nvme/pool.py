@@ -143,7 +143,6 @@ class DescriptorPool:
         self.blocks.clear()
         self.idle.clear()
         self.used = 0
-        self.used = 0
 
 
 class PlainPage:

@@ -25,7 +25,7 @@ from array import array
 
 import cython
 
-from dmakit.errors import DmakitError, MisuseError
+from dmakit.errors import MisuseError
 from dmakit.nvme.pool import words_of
 from dmakit.nvme.spec import Status
 
@@ -215,7 +215,7 @@ class PrpWriter:
                     f"PRP: request {failed}: its bounds are wrong, or its ranges do not meet on 4096-byte pages",
                     errno.EIO,
                 )
-        except DmakitError:
+        except BaseException:
             self.drop_batch(blocks)
             self._restore(before)
             raise

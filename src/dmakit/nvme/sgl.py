@@ -22,7 +22,7 @@ from array import array
 
 import cython
 
-from dmakit.errors import DmakitError, MisuseError
+from dmakit.errors import MisuseError
 from dmakit.nvme.pool import words_of
 from dmakit.nvme.spec import Status
 
@@ -63,17 +63,21 @@ class SglWriter:
         self.room = 0
 
     def _begin(self, entries: cython.int, coalesced: cython.bint) -> cython.int:
-        """Start a request of at most ``entries`` ranges; ``coalesced``: they became one. May raise ExhaustedError."""
+        """Start a request of at most ``entries`` ranges; ``coalesced``: they became one.
+
+        Raises ExhaustedError when a list cannot be had; the request before is then still the one being written.
+        """
+        blocks: list[Block] = []
         block: Block
+        if entries > 1 and not coalesced:
+            block = self.small._alloc() if entries <= _PER_SMALL else self.large._alloc()
+            blocks.append(block)
+            self.block = block
+        self.blocks = blocks
+        self.room = 1 if coalesced else entries
+        self.entries = 0
         self.low = 0
         self.high = 0
-        self.entries = 0
-        self.room = 1 if coalesced else entries
-        self.blocks = []
-        if self.room > 1:
-            block = self.small._alloc() if entries <= _PER_SMALL else self.large._alloc()
-            self.blocks.append(block)
-            self.block = block
         return 0
 
     def _feed(self, addr: cython.ulonglong, length: cython.ulonglong) -> cython.int:
@@ -111,13 +115,16 @@ class SglWriter:
             raise MisuseError(f"SGL: more ranges than the {self.room} announced", errno.EIO)
 
     def build(self, ranges: list[tuple[int, int]]) -> tuple[int, int, list[Block]]:
-        """(low word, high word, list blocks) for the ranges of one request; on failure the blocks are given back."""
+        """(low word, high word, list blocks) for the ranges of one request; on failure the blocks are given back, and
+        the writer is as it was."""
+        before = self._kept()
         self.begin(len(ranges))
         try:
             for addr, length in ranges:
                 self.feed(addr, length)
         except BaseException:
             self.drop(self.blocks)
+            self._restore(before)
             raise
         self._finish()
         return self.low, self.high, self.blocks
@@ -129,7 +136,9 @@ class SglWriter:
         bounds: memoryview[int],
         descriptors: memoryview[int],
     ) -> list[list[Block]]:
-        """SGLs of many requests at once; arrays as in ``PrpWriter.build_batch``, two words a request come out."""
+        """SGLs of many requests at once; arrays and failures as in ``PrpWriter.build_batch``, two words a request come
+        out."""
+        before = self._kept()
         blocks: list[list[Block]] = []
         self.batch = blocks
         out = words_of("descriptors", descriptors, 2 * len(bounds) - 2)
@@ -141,8 +150,9 @@ class SglWriter:
                 raise MisuseError(
                     f"SGL: request {failed}: it must have 1 to {MAX_ENTRIES} ranges of 1 to 2^32 - 1 bytes", errno.EIO
                 )
-        except DmakitError:
+        except BaseException:
             self.drop_batch(blocks)
+            self._restore(before)
             raise
         return blocks
 
@@ -171,6 +181,16 @@ class SglWriter:
             descriptors[2 * i] = self.low
             descriptors[2 * i + 1] = self.high
         return -1
+
+    def _kept(self) -> tuple[int, int, int, int, list[Block]]:
+        """Where the request being written stands."""
+        return self.low, self.high, self.entries, self.room, self.blocks
+
+    def _restore(self, kept: tuple[int, int, int, int, list[Block]]) -> None:
+        """Go on with the request that ``_kept`` saw."""
+        self.low, self.high, self.entries, self.room, self.blocks = kept
+        if self.blocks:
+            self.block = self.blocks[0]
 
     def drop(self, blocks: list[Block]) -> None:
         """Give list blocks back to their pools."""
