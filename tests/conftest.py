@@ -1,5 +1,8 @@
 """The test run as a whole: the test VM's options and what it did not run, and what portable tests left out."""
 
+import os
+import random
+
 import pytest
 
 from tests.support import gates
@@ -18,3 +21,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """The VM's markers, and the list of gated tests."""
     plugin.pytest_configure(config)
     config.pluginmanager.register(gates, "gates")
+
+
+@pytest.fixture
+def any_seed() -> int:
+    """A random seed, or that of ``DMAKIT_SEED``; pytest prints it beside a failure."""
+    seed = int(os.environ.get("DMAKIT_SEED") or random.SystemRandom().randrange(1 << 32))
+    print(f"DMAKIT_SEED={seed}")
+    return seed

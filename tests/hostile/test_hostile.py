@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -102,11 +101,9 @@ def test_hostile_arguments_every_one(name: str) -> None:
 
 @no_core
 @pytest.mark.long
-def test_hostile_arguments_of_another_seed() -> None:
-    seed = int(os.environ.get("DMAKIT_SEED", "0")) or random.SystemRandom().randrange(1 << 32)
-    print(f"DMAKIT_SEED={seed}")
+def test_hostile_arguments_of_another_seed(any_seed: int) -> None:
     for name in ROOMS:
-        check(room(name), seed, 4)
+        check(room(name), any_seed, 4)
 
 
 def classes() -> list[tuple[str, str]]:
