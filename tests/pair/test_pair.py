@@ -114,6 +114,10 @@ def test_a_size_that_no_64_bits_hold_once_rounded_up(cores: tuple[Core, Core]) -
     )
 
 
+def test_memory_that_is_not_there_is_refused_before_its_cache_lines_are_counted(cores: tuple[Core, Core]) -> None:
+    compare(cores, (5, [("map_phys", 0x39000, 1 << 63, 0, 0), ("map_phys", 0x39000, 1 << 40, 0, 0)]))
+
+
 def drawn(seed: int) -> Any:
     """A long program from a seed: weights that keep things live, edges now and then."""
     rng = random.Random(seed)

@@ -240,18 +240,18 @@ class MapCore:
 
     def _for_device(self, phys: cython.ulonglong, size: cython.ulonglong, direction: cython.int) -> cython.int:
         """Clean the CPU cache, so that a device that does not snoop sees memory as the CPU left it."""
-        self.ledger.counts[L_CACHE_CLEAN_BYTES] += size
         if self.cache is not None:
             self._clean_lines(phys, size)
+        self.ledger.counts[L_CACHE_CLEAN_BYTES] += size
         return 0
 
     def _for_cpu(self, phys: cython.ulonglong, size: cython.ulonglong, direction: cython.int) -> cython.int:
         """Drop cached lines that the device may have overtaken (arch_sync_dma_for_cpu)."""
         if direction == DMA_TO_DEVICE:
             return 0
-        self.ledger.counts[L_CACHE_INV_BYTES] += size
         if self.cache is not None:
             self._drop_lines(phys, size)
+        self.ledger.counts[L_CACHE_INV_BYTES] += size
         return 0
 
     def _clean_lines(self, phys: cython.ulonglong, size: cython.ulonglong) -> cython.int:
