@@ -32,8 +32,35 @@ def test_batches_and_calls_answer_count_and_leave_what_the_plain_form_does() -> 
             domain.free_fast(one, 3, cpu=1 - cpu)
             domain.free_batch(its, sizes, cpu=cpu if step % 5 else 1 - cpu)
     assert plain.fingerprint() == guarded.fingerprint()
+    shared.settle()
     assert plain.ledger.snapshot() == guarded.ledger.snapshot()
     assert plain.ledger.lock_counts() == guarded.ledger.lock_counts()
+
+
+def test_what_magazines_did_reaches_the_ledger_with_the_shared_lock_and_when_settled() -> None:
+    domain = IovaDomain()
+    shared = SharedDomain(domain)
+    pfns = array("Q", [0]) * 64
+
+    def counted() -> tuple[int, int]:
+        counts = domain.ledger.snapshot()
+        return counts["iova_magazine"], counts["iova_free_magazine"]
+
+    def batch() -> None:
+        shared.alloc_batch(array("Q", [1]) * 64, LIMIT, pfns)
+        shared.free_batch(pfns, array("Q", [1]) * 64)
+
+    batch()
+    assert counted() == (0, 0)
+    batch()
+    assert counted() == (0, 0)
+    shared.settle()
+    assert counted() == (64, 128)
+    shared.settle()
+    assert counted() == (64, 128)
+    batch()
+    shared.free_fast(shared.alloc_fast(64, LIMIT), 64)
+    assert counted() == (128, 192)
 
 
 def test_events_are_recorded_as_by_the_plain_form() -> None:
@@ -100,6 +127,7 @@ def test_threads_share_a_domain(same_cpu: bool) -> None:
         worker.join()
     assert wrong == []
     assert len(set.union(*live)) == threads * n
+    shared.settle()
     counts = domain.ledger.snapshot()
     calls = threads * (rounds * n + rounds)
     assert sum(counts[f"iova_{how}"] for how in ("magazine", "depot", "tree")) == calls
@@ -129,7 +157,8 @@ class Owners:
 
 
 def stress(shared: SharedDomain, limit: int, rounds: int, *, threads: int = 4) -> tuple[int, int, int]:
-    """Threads allocate and free batches, each freeing what another allocated: (allocated, failed, freed)."""
+    """Threads allocate and free batches, each freeing what another allocated, and settle now and then; settled at the
+    end: (allocated, failed, freed)."""
     owners, mail, wrong = Owners(), [[] for _ in range(threads)], []
     tally = [[0, 0, 0] for _ in range(threads)]
 
@@ -142,6 +171,8 @@ def stress(shared: SharedDomain, limit: int, rounds: int, *, threads: int = 4) -
                 if turn % 7 == 0:
                     sizes = array("Q", [rnd.choice((1, 2, 3, 40)) for _ in range(n)])
                 pfns = array("Q", [0]) * n
+                if turn % 5 == 0:
+                    shared.settle()
                 done = shared.alloc_batch(sizes, limit, pfns, cpu=(me + turn // 50) % shared.cpus)
                 assert done == n - pfns.count(0)
                 owners.take(pfns, array("Q", [1 << (size - 1).bit_length() if size <= 32 else size for size in sizes]))
@@ -167,6 +198,7 @@ def stress(shared: SharedDomain, limit: int, rounds: int, *, threads: int = 4) -
         for pfns, sizes in box:
             shared.free_batch(pfns, sizes)
             tally[0][2] += len(pfns) - pfns.count(0)
+    shared.settle()
     return sum(t[0] for t in tally), sum(t[1] for t in tally), sum(t[2] for t in tally)
 
 

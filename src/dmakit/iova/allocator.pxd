@@ -7,10 +7,7 @@ from dmakit.ledger cimport Ledger
 
 cimport cython
 
-
-
-
-
+cdef unsigned long long _length(unsigned long long size, int order) noexcept nogil
 
 cdef class IovaAllocator:
     cdef readonly int granule

@@ -52,6 +52,12 @@ _DEPOT_DELAY_NS = 100 * MS
 _LARGEST_GRANULE = 1 << 30
 
 
+def _length(size: cython.ulonglong, order: cython.int) -> cython.ulonglong:
+    """Granules that a request takes: what the caches may hold is rounded up to its power of two."""
+    one: cython.ulonglong = 1
+    return one << order if order < IOVA_RANGE_CACHE_MAX_SIZE else size
+
+
 @cython.cclass
 class IovaAllocator:
     """State and internals of ``domain.IovaDomain``, which documents them."""
@@ -142,9 +148,8 @@ class IovaAllocator:
 
     def _alloc_near(self, cpu: cython.int, size: cython.ulonglong, limit_pfn: cython.ulonglong) -> cython.ulonglong:
         """From the magazines of ``cpu``, the depot or the tree; touches no other CPU's magazines. 0: not there."""
-        one: cython.ulonglong = 1
         order: cython.int = ceil_log2(size)
-        length: cython.ulonglong = one << order if order < IOVA_RANGE_CACHE_MAX_SIZE else size
+        length: cython.ulonglong = _length(size, order)
         pfn: cython.ulonglong = 0
         if order < IOVA_RANGE_CACHE_MAX_SIZE and length <= limit_pfn:
             pfn = self.rcaches._get(cpu, order, limit_pfn + 1 - length)
@@ -158,13 +163,10 @@ class IovaAllocator:
         self, cpu: cython.int, size: cython.ulonglong, limit_pfn: cython.ulonglong, flush_rcache: cython.bint
     ) -> cython.ulonglong:
         """After ``_alloc_near`` found nothing: empty every magazine into the tree, if wanted, and search once more."""
-        one: cython.ulonglong = 1
-        order: cython.int = ceil_log2(size)
-        length: cython.ulonglong = one << order if order < IOVA_RANGE_CACHE_MAX_SIZE else size
         pfn: cython.ulonglong = 0
         if flush_rcache:
             self._flush_rcaches(cpu)
-            pfn = self._alloc(cpu, length, limit_pfn)
+            pfn = self._alloc(cpu, _length(size, ceil_log2(size)), limit_pfn)
         self.ledger.counts[L_IOVA_TREE if pfn else L_IOVA_FAILED] += 1
         return pfn
 
@@ -213,15 +215,15 @@ class IovaAllocator:
 
     def _drain(self, magazine: cython.int, cpu: cython.int) -> cython.void:
         """Remove from the tree every range of a magazine, and empty it."""
-        base: cython.int = magazine * IOVA_MAG_STRIDE
+        first: cython.Py_ssize_t = magazine * IOVA_MAG_STRIDE + 1
         i: cython.int
         node: cython.int
         self.ledger._lock(L_LOCK_RBTREE, cpu)
-        for i in range(self.rcaches.pool.size[magazine]):
-            node = self.search.tree._find(self.rcaches.pool.pfns[base + i])
+        for i in range(self.rcaches.pool._size(magazine)):
+            node = self.search.tree._find(self.rcaches.pool.words[first + i])
             if node != IOVA_NIL:
                 self.search._remove(node)
-        self.rcaches.pool.size[magazine] = 0
+        self.rcaches.pool._clear(magazine)
 
     def _drain_cpu(self, owner: cython.int, cpu: cython.int) -> cython.void:
         """Drain all magazines of CPU ``owner`` (the locks are taken by ``cpu``)."""

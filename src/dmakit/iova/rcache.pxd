@@ -6,9 +6,6 @@ from dmakit.ledger cimport Ledger
 
 cimport cython
 
-
-
-
 @cython.final
 cdef class IovaRcaches:
     cdef readonly Ledger ledger

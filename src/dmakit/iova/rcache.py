@@ -117,8 +117,8 @@ class IovaRcaches:
         slot: cython.int = cpu * IOVA_RANGE_CACHE_MAX_SIZE + order
         magazine: cython.int = self.loaded[slot]
         row: cython.int = L_IOVA_MAGAZINE
-        if self.pool.size[magazine] == 0:
-            if self.pool.size[self.prev[slot]] != 0:
+        if self.pool._size(magazine) == 0:
+            if self.pool._size(self.prev[slot]) != 0:
                 self.loaded[slot] = self.prev[slot]
                 self.prev[slot] = magazine
             else:
@@ -139,8 +139,8 @@ class IovaRcaches:
         slot: cython.int = cpu * IOVA_RANGE_CACHE_MAX_SIZE + order
         magazine: cython.int = self.loaded[slot]
         answer: cython.int = 1
-        if self.pool.size[magazine] == IOVA_MAG_SIZE:
-            if self.pool.size[self.prev[slot]] != IOVA_MAG_SIZE:
+        if self.pool._size(magazine) == IOVA_MAG_SIZE:
+            if self.pool._size(self.prev[slot]) != IOVA_MAG_SIZE:
                 self.loaded[slot] = self.prev[slot]
                 self.prev[slot] = magazine
             else:

@@ -4,25 +4,24 @@ from dmakit.iova.domain cimport IovaDomain
 
 cimport cython
 
-
-
 cdef extern from *:
-    int test_and_set "__sync_lock_test_and_set"(int* word, int value) noexcept nogil
-    int held "__atomic_load_n"(int* word, int order) noexcept nogil
-    void unset "__sync_lock_release"(int* word) noexcept nogil
-
+    long long test_and_set "__sync_lock_test_and_set"(long long* word, long long value) noexcept nogil
+    long long held "__atomic_load_n"(long long* word, int order) noexcept nogil
+    void unset "__sync_lock_release"(long long* word) noexcept nogil
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
-
 cdef int _LOOKS
+cdef int _APART
+cdef int _TAKEN
+cdef int _GIVEN
 
 @cython.final
 cdef class SharedDomain:
     cdef readonly IovaDomain domain
     cdef readonly int cpus
-    cdef int[::1] _held
+    cdef long long[::1] _own
     cdef list _locks
     cdef void _enter(self, int lock) noexcept nogil
     cdef void _leave(self, int lock) noexcept nogil
@@ -30,7 +29,7 @@ cdef class SharedDomain:
     cdef void _leave_shared(self, int cpu) noexcept nogil
     cdef void _enter_others(self, int cpu) noexcept nogil
     cdef void _leave_others(self, int cpu) noexcept nogil
-    cdef void _count(self, int row, long long amount) noexcept nogil
+    cdef void _settle(self, int cpu) noexcept nogil
     cdef unsigned long long _alloc_one(
         self, int cpu, unsigned long long size, unsigned long long limit_pfn, bint flush_rcache
     ) noexcept nogil

@@ -10,12 +10,13 @@ to move their memory because it grows, the others' are taken too. Who holds a CP
 only the holder of the shared lock waits for a CPU's, so nobody waits in a circle; and whoever waits has given up the
 GIL, because the holder may need it (to grow an array, to arm a timer, to record an event).
 
-What a batch took from magazines is added to the ledger at its end. The ledger of other parts of the machine must not be
-counted by other threads meanwhile: give the domain its own, or count from one thread.
+What batches took from and gave to magazines is counted beside the CPU's lock, in a cache line that is its own, and goes
+into the ledger when that CPU next takes the shared lock, or with ``settle``: one shared word a batch would cost two
+CPUs more than all their work. The ledger of other parts of the machine must not be counted by other threads meanwhile:
+give the domain its own, or count from one thread.
 
-Compiled, a lock is one word (a cache line apart), taken by an atomic exchange; who finds it held looks at it for a
-while (it is held for a run of a magazine, or for one search) and then yields to other threads. Interpreted it is
-``threading.Lock``.
+Compiled, a lock is one word, taken by an atomic exchange; who finds it held looks at it for a while (it is held for a
+run of a magazine, or for one search) and then yields to other threads. Interpreted it is ``threading.Lock``.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ else:
     from dmakit.iova.domain import IovaDomain
 
 _LOOKS = 200
+_APART = 4  # 1 << _APART words from one CPU to the next: two cache lines, because a line's neighbour is fetched with it
+_TAKEN = 1  # words after the lock: what magazines served, and what they took back, since the ledger heard of it
+_GIVEN = 2
 
 
 @cython.cclass
@@ -46,7 +50,7 @@ class SharedDomain:
     def __init__(self, domain: IovaDomain) -> None:
         self.domain = domain
         self.cpus = domain.cpus
-        self._held = zeroed("i", (self.cpus + 1) << 4)
+        self._own = zeroed("q", (self.cpus + 1) << _APART)
         self._locks = [threading.Lock() for _ in range(0 if cython.compiled else self.cpus + 1)]
 
     @cython.locals(on=cython.int, flush=cython.bint)
@@ -103,14 +107,22 @@ class SharedDomain:
                 raise MisuseError(f"sizes: must have as many items as pfns ({len(ranges)}), not {len(spans)}")
             self._free_words(on, ranges, spans)
 
+    def settle(self) -> None:
+        """Bring the domain's ledger up to date with what magazines did in batches. Threads may go on meanwhile."""
+        cpu: cython.int
+        with cython.nogil:
+            for cpu in range(self.cpus):
+                self._enter_shared(cpu)
+                self._leave_shared(cpu)
+
     # Locks -------------------------------------------------------------------------------------------------------
 
     def _enter(self, lock: cython.int) -> cython.void:
         looks: cython.int
         if cython.compiled:
-            while test_and_set(cython.address(self._held[lock << 4]), 1):  # noqa: F821 (shared.pxd)
+            while test_and_set(cython.address(self._own[lock << _APART]), 1):  # noqa: F821 (shared.pxd)
                 looks = _LOOKS
-                while looks and held(cython.address(self._held[lock << 4]), 0):  # noqa: F821
+                while looks and held(cython.address(self._own[lock << _APART]), 0):  # noqa: F821
                     looks -= 1
                 if looks == 0:
                     sched_yield()  # noqa: F821
@@ -119,7 +131,7 @@ class SharedDomain:
 
     def _leave(self, lock: cython.int) -> cython.void:
         if cython.compiled:
-            unset(cython.address(self._held[lock << 4]))  # noqa: F821
+            unset(cython.address(self._own[lock << _APART]))  # noqa: F821
         else:
             self._locks[lock].release()
 
@@ -127,6 +139,7 @@ class SharedDomain:
         """The shared lock, then that of ``cpu``."""
         self._enter(self.cpus)
         self._enter(cpu)
+        self._settle(cpu)
 
     def _leave_shared(self, cpu: cython.int) -> cython.void:
         self._leave(cpu)
@@ -147,12 +160,13 @@ class SharedDomain:
 
     # Internals: called without the GIL -------------------------------------------------------------------------
 
-    def _count(self, row: cython.int, amount: cython.longlong) -> cython.void:
-        """Add to the ledger what runs took or gave without the shared lock."""
-        if amount:
-            self._enter(self.cpus)
-            self.domain.ledger.counts[row] += amount
-            self._leave(self.cpus)
+    def _settle(self, cpu: cython.int) -> cython.void:
+        """Tell the ledger what the magazines of ``cpu`` did; with both locks."""
+        at: cython.int = cpu << _APART
+        self.domain.ledger.counts[L_IOVA_MAGAZINE] += self._own[at + _TAKEN]
+        self.domain.ledger.counts[L_IOVA_FREE_MAGAZINE] += self._own[at + _GIVEN]
+        self._own[at + _TAKEN] = 0
+        self._own[at + _GIVEN] = 0
 
     def _alloc_one(
         self, cpu: cython.int, size: cython.ulonglong, limit_pfn: cython.ulonglong, flush_rcache: cython.bint
@@ -236,7 +250,6 @@ class SharedDomain:
         end: cython.Py_ssize_t
         taken: cython.Py_ssize_t
         done: cython.longlong = n
-        cached: cython.longlong = 0
         while i < n:
             end = i + 1
             while end < n and sizes[end] == sizes[i]:
@@ -244,15 +257,14 @@ class SharedDomain:
             while i < end:
                 self._enter(cpu)
                 taken = 0 if self.domain._recording else self.domain._cached_run(cpu, sizes[i], limit_pfn, pfns, i, end)
+                self._own[(cpu << _APART) + _TAKEN] += taken
                 self._leave(cpu)
-                cached += taken
                 i += taken
                 if i < end:
                     pfns[i] = self._alloc_one(cpu, sizes[i], limit_pfn, flush_rcache)
                     if pfns[i] == 0:
                         done -= 1
                     i += 1
-        self._count(L_IOVA_MAGAZINE, cached)
         return done
 
     def _free_many(
@@ -262,7 +274,6 @@ class SharedDomain:
         end: cython.Py_ssize_t
         put: cython.Py_ssize_t
         order: cython.int
-        cached: cython.longlong = 0
         while i < n:
             if pfns[i] == 0:
                 i += 1
@@ -276,10 +287,9 @@ class SharedDomain:
                 if order < IOVA_RANGE_CACHE_MAX_SIZE and not self.domain._recording:
                     self._enter(cpu)
                     put = self.domain.rcaches._put_run(cpu, order, pfns, i, end)
+                    self._own[(cpu << _APART) + _GIVEN] += put
                     self._leave(cpu)
-                cached += put
                 i += put
                 if i < end:
                     self._free_one(cpu, pfns[i], sizes[i], False)
                     i += 1
-        self._count(L_IOVA_FREE_MAGAZINE, cached)

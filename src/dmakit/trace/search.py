@@ -32,7 +32,6 @@ from dmakit.errors import MisuseError
 if not cython.compiled:
     from dmakit.consts import (
         IOVA_MAG_SIZE,
-        IOVA_MAG_STRIDE,
         IOVA_NIL,
         IOVA_RANGE_CACHE_MAX_SIZE,
         L_IOVA_DEPOT,
@@ -394,8 +393,8 @@ def _private(domain: IovaDomain, op: Operation) -> cython.bint:
         return False
     cpu: cython.int = op.cpus[0]
     slot: cython.int = cpu * IOVA_RANGE_CACHE_MAX_SIZE + order
-    loaded: cython.int = domain.rcaches.pool.size[domain.rcaches.loaded[slot]]
-    prev: cython.int = domain.rcaches.pool.size[domain.rcaches.prev[slot]]
+    loaded: cython.int = domain.rcaches.pool._size(domain.rcaches.loaded[slot])
+    prev: cython.int = domain.rcaches.pool._size(domain.rcaches.prev[slot])
     if op.kind == "alloc":
         return loaded > 0 or prev > 0
     return loaded < IOVA_MAG_SIZE or prev < IOVA_MAG_SIZE
@@ -411,15 +410,10 @@ def _next(domain: IovaDomain, op: Operation) -> cython.ulonglong:
     cpu: cython.int = op.cpus[0]
     slot: cython.int = cpu * IOVA_RANGE_CACHE_MAX_SIZE + order
     magazine: cython.int = domain.rcaches.loaded[slot]
-    if domain.rcaches.pool.size[magazine] == 0:
+    if domain.rcaches.pool._size(magazine) == 0:
         magazine = domain.rcaches.prev[slot]
-    at: cython.int = domain.rcaches.pool.size[magazine] - 1
-    while at >= 0:
-        pfn: cython.ulonglong = domain.rcaches.pool.pfns[magazine * IOVA_MAG_STRIDE + at]
-        if pfn <= limit + 1 - (one << order):
-            return pfn
-        at -= 1
-    return 0
+    at: cython.Py_ssize_t = domain.rcaches.pool._look(magazine, limit + 1 - (one << order))
+    return domain.rcaches.pool.words[at] if at else 0
 
 
 def _hopeless(domain: IovaDomain, op: Operation) -> cython.bint:
