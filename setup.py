@@ -30,6 +30,7 @@ CALLERS = {
     "dmakit._seal",
     "dmakit.bench.pairs",
     "dmakit.block.request",
+    "dmakit.dma.device",
     "dmakit.dma.exact",
     "dmakit.failpoint",
     "dmakit.iommu.devtlb",
