@@ -30,6 +30,7 @@ from dmakit.iova.arrays import zeroed
 if not cython.compiled:
     from dmakit.consts import (
         IOVA_MAG_SIZE,
+        IOVA_MAG_STRIDE,
         IOVA_RANGE_CACHE_MAX_SIZE,
         L_IOVA_DEPOT,
         L_IOVA_FREE_MAGAZINE,
@@ -117,7 +118,7 @@ class IovaRcaches:
         slot: cython.int = cpu * IOVA_RANGE_CACHE_MAX_SIZE + order
         magazine: cython.int = self.loaded[slot]
         row: cython.int = L_IOVA_MAGAZINE
-        if self.pool._size(magazine) == 0:
+        if self.pool.words[magazine * IOVA_MAG_STRIDE] == 0:  # its size, without a call
             if self.pool._size(self.prev[slot]) != 0:
                 self.loaded[slot] = self.prev[slot]
                 self.prev[slot] = magazine
@@ -139,7 +140,7 @@ class IovaRcaches:
         slot: cython.int = cpu * IOVA_RANGE_CACHE_MAX_SIZE + order
         magazine: cython.int = self.loaded[slot]
         answer: cython.int = 1
-        if self.pool._size(magazine) == IOVA_MAG_SIZE:
+        if self.pool.words[magazine * IOVA_MAG_STRIDE] == IOVA_MAG_SIZE:
             if self.pool._size(self.prev[slot]) != IOVA_MAG_SIZE:
                 self.loaded[slot] = self.prev[slot]
                 self.prev[slot] = magazine
