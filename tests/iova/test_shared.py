@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from array import array
+from collections.abc import Callable
 
 import pytest
 
@@ -94,6 +95,15 @@ def test_errors_are_those_of_the_plain_form() -> None:
         shared.free_batch(array("i", [1]), words)
 
 
+def side_by_side(work: Callable[[int], None], threads: int) -> None:
+    """``work(0)``, ``work(1)`` … in a thread each, to their ends."""
+    workers = [threading.Thread(target=work, args=(me,)) for me in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
 @pytest.mark.parametrize("same_cpu", [False, True])
 def test_threads_share_a_domain(same_cpu: bool) -> None:
     threads, rounds, n = 4, 60, 300
@@ -120,11 +130,7 @@ def test_threads_share_a_domain(same_cpu: bool) -> None:
         except BaseException as error:
             wrong.append(error)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    side_by_side(work, threads)
     assert wrong == []
     assert len(set.union(*live)) == threads * n
     shared.settle()
@@ -188,11 +194,7 @@ def stress(shared: SharedDomain, limit: int, rounds: int, *, threads: int = 4) -
         except BaseException as error:
             wrong.append(error)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    side_by_side(work, threads)
     assert wrong == []
     for box in mail:
         for pfns, sizes in box:

@@ -49,8 +49,8 @@ MUTATIONS = (
     Mutation(
         "magazine-first-in-first-out",
         "src/dmakit/iova/magazine.py",
-        "at: cython.int = last",
-        "at: cython.int = base",
+        "at: cython.Py_ssize_t = self._look(magazine, highest)",
+        "at: cython.Py_ssize_t = header + 1 if self._size(magazine) and self.words[header + 1] <= highest else 0",
         GOLDEN,
     ),
     Mutation(

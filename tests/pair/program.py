@@ -38,6 +38,7 @@ CONFIGS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
     ({"mode": "strict", "coherent": False}, {}),
     ({"iommu": "none"}, {"mask": (1 << 24) - 1}),
     ({"mode": "passthrough", "force_bounce": True}, {}),
+    ({"mode": "lazy"}, {"coherent": False}),
 )
 
 

@@ -114,8 +114,10 @@ def test_a_size_that_no_64_bits_hold_once_rounded_up(cores: tuple[Core, Core]) -
     )
 
 
-def test_memory_that_is_not_there_is_refused_before_its_cache_lines_are_counted(cores: tuple[Core, Core]) -> None:
-    compare(cores, (5, [("map_phys", 0x39000, 1 << 63, 0, 0), ("map_phys", 0x39000, 1 << 40, 0, 0)]))
+@pytest.mark.parametrize("config", [5, 8])  # with a model of the cache, and without
+def test_cache_lines_of_memory_that_is_not_there_are_not_counted(cores: tuple[Core, Core], config: int) -> None:
+    huge = [("map_phys", 0x39000, size, 0, 0) for size in (1 << 63, 1 << 62, 1 << 62, 1 << 40)]
+    compare(cores, (config, huge))
 
 
 def drawn(seed: int) -> Any:

@@ -242,7 +242,8 @@ class MapCore:
         """Clean the CPU cache, so that a device that does not snoop sees memory as the CPU left it."""
         if self.cache is not None:
             self._clean_lines(phys, size)
-        self.ledger.counts[L_CACHE_CLEAN_BYTES] += size
+        if size <= self.memory.span:  # more than that is no memory, and no cache holds it
+            self.ledger.counts[L_CACHE_CLEAN_BYTES] += size
         return 0
 
     def _for_cpu(self, phys: cython.ulonglong, size: cython.ulonglong, direction: cython.int) -> cython.int:
@@ -251,7 +252,8 @@ class MapCore:
             return 0
         if self.cache is not None:
             self._drop_lines(phys, size)
-        self.ledger.counts[L_CACHE_INV_BYTES] += size
+        if size <= self.memory.span:
+            self.ledger.counts[L_CACHE_INV_BYTES] += size
         return 0
 
     def _clean_lines(self, phys: cython.ulonglong, size: cython.ulonglong) -> cython.int:

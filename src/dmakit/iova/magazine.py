@@ -2,8 +2,8 @@
 
 A *magazine* holds up to 127 pfns (with its header word 1 KiB, as in the kernel; Bonwick and Adams, "Magazines and
 Vmem", USENIX 2001). It is an index; 0 is no magazine. Its storage is 128 words: how many pfns there are, then the
-pfns; what a CPU writes in its magazine lies in cache lines of its own. ``link`` chains magazines: those of a depot,
-and the unused ones. A range in a magazine stays allocated in the tree.
+pfns; but for the line where two magazines meet, what a CPU writes in its own lies in lines that no other writes.
+``link`` chains magazines: those of a depot, and the unused ones. A range in a magazine stays allocated in the tree.
 
 Popping obeys the caller's limit: the topmost pfn that is low enough is taken, and the last one fills its place.
 

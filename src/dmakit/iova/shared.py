@@ -86,7 +86,7 @@ class SharedDomain:
         flush_rcache: object = True,
         cpu: SupportsIndex = 0,
     ) -> int:
-        """As ``IovaDomain.alloc_batch``; threads with different ``cpu`` run side by side."""
+        """As ``IovaDomain.alloc_batch``; CPUs run side by side. For its counts see ``settle``."""
         on, limit, flush = self.domain._cpu(cpu), self.domain._pfn("limit_pfn", limit_pfn, 0), bool(flush_rcache)
         done = self._alloc_words(on, sizes, limit, flush, pfns) if cython.compiled else -1
         if done < 0:
@@ -98,7 +98,7 @@ class SharedDomain:
 
     @cython.locals(on=cython.int, done=cython.bint)
     def free_batch(self, pfns: object, sizes: object, cpu: SupportsIndex = 0) -> None:
-        """As ``IovaDomain.free_batch``; threads with different ``cpu`` run side by side."""
+        """As ``IovaDomain.free_batch``; CPUs run side by side. For its counts see ``settle``."""
         on = self.domain._cpu(cpu)
         done = self._free_words(on, pfns, sizes) if cython.compiled else False
         if not done:
@@ -108,7 +108,10 @@ class SharedDomain:
             self._free_words(on, ranges, spans)
 
     def settle(self) -> None:
-        """Bring the domain's ledger up to date with what magazines did in batches. Threads may go on meanwhile."""
+        """Bring the domain's ledger up to date with what magazines did in batches. Threads may go on meanwhile.
+
+        Without it, the ledger hears of them when the CPU next needs more than its magazines.
+        """
         cpu: cython.int
         with cython.nogil:
             for cpu in range(self.cpus):

@@ -176,8 +176,11 @@ class PrpWriter:
             )
 
     def build(self, ranges: list[tuple[int, int]]) -> tuple[int, int, list[Block]]:
-        """(PRP1, PRP2, list blocks) for the ranges of one request; on failure the blocks are given back, and the
-        writer is as it was."""
+        """(PRP1, PRP2, list blocks) for the ranges, (address, bytes) pairs, of one request.
+
+        MisuseError (EIO where ranges do not meet on pages), ExhaustedError without memory for a list; the blocks are
+        then given back, and the writer is as it was.
+        """
         before = self._kept()
         self.begin(sum(length for _, length in ranges))
         try:
@@ -199,8 +202,9 @@ class PrpWriter:
         """PRPs of many requests at once.
 
         ``addrs`` and ``lengths`` hold all ranges (uint64), request i has those from ``bounds[i]`` to ``bounds[i+1]``;
-        ``prps`` receives PRP1 and PRP2 of request i at 2i and 2i+1. Returns the list blocks of each request. On a
-        failure every block of the batch is given back, and the writer is as it was.
+        ``prps`` receives PRP1 and PRP2 of request i at 2i and 2i+1. Returns the list blocks of each request.
+        MisuseError (EIO for a request that PRPs cannot describe) and ExhaustedError give every block of the batch back
+        and leave the writer as it was.
         """
         before = self._kept()
         blocks: list[list[Block]] = []

@@ -115,8 +115,11 @@ class SglWriter:
             raise MisuseError(f"SGL: more ranges than the {self.room} announced", errno.EIO)
 
     def build(self, ranges: list[tuple[int, int]]) -> tuple[int, int, list[Block]]:
-        """(low word, high word, list blocks) for the ranges of one request; on failure the blocks are given back, and
-        the writer is as it was."""
+        """(low word, high word, list blocks) for the ranges, (address, bytes) pairs, of one request.
+
+        MisuseError for a range or a number of ranges that an SGL cannot hold, ExhaustedError without memory for a
+        list; the blocks are then given back, and the writer is as it was.
+        """
         before = self._kept()
         self.begin(len(ranges))
         try:
@@ -136,7 +139,7 @@ class SglWriter:
         bounds: memoryview[int],
         descriptors: memoryview[int],
     ) -> list[list[Block]]:
-        """SGLs of many requests at once; arrays and failures as in ``PrpWriter.build_batch``, two words a request come
+        """SGLs of many requests at once; arrays and errors as in ``PrpWriter.build_batch``, two words a request come
         out."""
         before = self._kept()
         blocks: list[list[Block]] = []
