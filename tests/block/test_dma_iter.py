@@ -222,3 +222,9 @@ class TestScatterlist:
         with pytest.raises(ExhaustedError, match=r"^no memory for a scatterlist of 8 entries$"):
             SgRequest(Request(Op.READ, SCATTERED), device, fail=device.fail)
         assert device.log == []
+
+    @pytest.mark.parametrize(("completing", "freed_on"), [({}, 3), ({"cpu": 5}, 5), ({"cpu": 0}, 0)])
+    def test_the_cpu_that_completes_frees(self, completing: dict[str, int], freed_on: int) -> None:
+        device = BlockDevice()
+        SgRequest(Request(Op.READ, SCATTERED, cpu=3), device).unmap(**completing)
+        assert device.clean() and device.log[-1] == ("unmap_sg", freed_on)

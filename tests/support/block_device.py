@@ -88,9 +88,10 @@ class BlockDevice:
             raise ExhaustedError("no IOVA")
         return SoftSg([(self.map_phys(phys, size, direction), size) for phys, size in segments])
 
-    def unmap_sg(self, mapping: SoftSg) -> None:
+    def unmap_sg(self, mapping: SoftSg, *, cpu: int = 0) -> None:
         for addr, size in mapping.segments:
             self.unmap_phys(addr, size, 0)
+        self.log.append(("unmap_sg", cpu))
 
     def try_alloc(self, phys: int, size: int, *, cpu: int = 0) -> SoftWindow:
         self.log.append(("try_alloc", phys, size))

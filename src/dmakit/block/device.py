@@ -64,7 +64,7 @@ class MappingDevice(Protocol):
     def map_sg(self, segments: list[tuple[int, int]], direction: int, attrs: int = 0, *, cpu: int = 0) -> SgMapping:
         """Map a scatterlist."""
 
-    def unmap_sg(self, mapping: SgMapping) -> None:
+    def unmap_sg(self, mapping: SgMapping, *, cpu: int = 0) -> None:
         """Undo ``map_sg``."""
 
     def try_alloc(self, phys: int, size: int, *, cpu: int = 0) -> Window:

@@ -50,6 +50,7 @@ class SgRequest:
     ) -> None:
         self.device = device
         self.ledger = ledger
+        self.cpu = request.cpu
         self.passes = 0
         self.bytes_allocated = table_bytes(request.segments)
         if fail is not None and fail.hit():
@@ -74,9 +75,9 @@ class SgRequest:
         self._pass()
         return self.ranges
 
-    def unmap(self) -> None:
-        """Undo the mapping (once)."""
+    def unmap(self, *, cpu: int | None = None) -> None:
+        """Undo the mapping (once); ``cpu`` is the one that completes the request (default: that submitted)."""
         if self.mapping is None:
             raise MisuseError("scatterlist request: already unmapped")
         mapping, self.mapping = self.mapping, None
-        self.device.unmap_sg(mapping)
+        self.device.unmap_sg(mapping, cpu=self.cpu if cpu is None else cpu)

@@ -196,7 +196,7 @@ class Sg(Strategy):
         return sg.consume(), sg
 
     def release(self, request: IoRequest, token: Any) -> None:
-        token.unmap()
+        token.unmap(cpu=request.complete_cpu)
 
 
 class SgNoMerge(Page):

@@ -150,4 +150,4 @@ class SgMapper(Listed):
 
     def release(self, request: Request, token: Any, cpu: int) -> None:
         """Undo ``map_sg``."""
-        token.unmap()
+        token.unmap(cpu=cpu)
