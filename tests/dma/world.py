@@ -57,9 +57,7 @@ class Counted:
 
     def __exit__(self, *_: object) -> None:
         self.spent.update(difference(self.machine.ledger.snapshot(), self.before))
-        if here.name != "soft":
-            rows = self.machine.snapshot()
-            self.spent.update({row: UNOBSERVED for row, count in rows.items() if count is None})
+        self.spent.update({row: UNOBSERVED for row, count in self.machine.snapshot().items() if count is None})
 
 
 def pte_writes(spent: dict[str, Any]) -> Any:

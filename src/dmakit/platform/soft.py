@@ -326,6 +326,10 @@ class Machine:
             if part is not None:
                 part.events = events
 
+    def snapshot(self) -> dict[str, int]:
+        """The ledger's rows: the software machine observes all of them."""
+        return self.ledger.snapshot()
+
     def settle(self) -> None:
         """Let every flush queue flush now, as if its timer had fired."""
         for device in self.devices:
