@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from dmakit import nvme
+from dmakit import nvme, vfio
 from dmakit.block.request import Op
-from dmakit.errors import HostError
+from dmakit.errors import HostError, UnsupportedError
 from dmakit.nvme.command import Command
 from dmakit.nvme.exercise import Verifier
 from dmakit.nvme.spec import FEATURE_QUEUES, Admin
 from tests.vm.guest.support import (
+    EDU,
     FULL,
     KERNEL,
     NVME,
@@ -29,6 +30,7 @@ from tests.vm.guest.support import (
     kernel_nvme,
     read_direct,
     unbind,
+    until,
 )
 
 BDF = NVME[0]
@@ -131,6 +133,38 @@ def test_a_reset_in_flight_loses_nothing(backend: str) -> None:
                 assert await disk.read(128 * at, 128) == content
 
     asyncio.run(main())
+
+
+@backends
+def test_a_reset_of_the_device_disables_the_controller(backend: str) -> None:
+    """QEMU's drive has FLR, after which it is disabled (AQA QEMU keeps)."""
+    aqa, asq, acq, cc, csts = 0x24, 0x28, 0x30, 0x14, 0x1C
+    enabled = 0x0046_0001
+    with vfio.Machine(backend=backend, ram="16M") as machine, machine.open(BDF) as device:
+        assert device.facts.flags & 1, "VFIO_DEVICE_FLAGS_RESET"
+        bar = device.bar(0)
+        for turn in range(2):  # after a reset it can be used again
+            for register, value in ((aqa, 0x001F_001F), (asq, 0x10000), (acq, 0x20000), (cc, enabled)):
+                bar.write32(register, value)
+            until(lambda: bar.read32(csts) == 1, f"the controller is enabled, turn {turn}")
+            assert bar.read32(cc) == enabled
+            device.reset()
+            assert (bar.read32(cc), bar.read32(csts)) == (0, 0)
+
+
+@backends
+def test_what_cannot_be_reset_alone_says_so(backend: str) -> None:
+    """QEMU's edu: no FLR, no power management, and others are on its bus."""
+    vfio.bind(EDU)
+    try:
+        with vfio.Device.open(EDU, backend=backend, ram="4M", mask=(1 << 28) - 1) as device:
+            assert not device.facts.flags & 1
+            with pytest.raises(UnsupportedError) as caught:
+                device.reset()
+        why = "no FLR, no power management, not alone on its bus"
+        assert str(caught.value) == f"{EDU} cannot be reset alone ({why})"
+    finally:
+        vfio.unbind(EDU)
 
 
 @backends
