@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 from array import array
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import pytest
 from tests.nvme.platforms import PLATFORMS, World, world
@@ -14,8 +16,19 @@ from dmakit.errors import MisuseError, UnsupportedError
 from dmakit.nvme.batch import pointers
 from dmakit.nvme.controller import Controller
 from dmakit.nvme.exercise import Verifier, perf
+from dmakit.nvme.model import ControllerModel
 from dmakit.nvme.operation import IoError
-from dmakit.nvme.spec import LOG_SMART, Status
+from dmakit.nvme.spec import (
+    CC_EN,
+    CC_SHN_MASK,
+    CC_SHN_NORMAL,
+    CSTS_SHST_COMPLETE,
+    CSTS_SHST_MASK,
+    LOG_SMART,
+    Admin,
+    Reg,
+    Status,
+)
 from dmakit.nvme.strategies import STRATEGIES
 
 
@@ -183,6 +196,53 @@ def test_an_interrupt_of_the_user_leaves_nothing_behind(platform: str, monkeypat
         run = model.run  # on the software machine, whose time-outs take no time, it stays stuck
         monkeypatch.setattr(model, "run", lambda limit=1: run() if len(turns) > 1 and platform != "soft" else 0)
         disk.write(0, bytes(2 << 20))
+
+
+class Noting(ControllerModel):
+    """A model that notes how it is left: queues deleted, shutdown notifications, and when it is disabled."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.notes: list[tuple[str, int]] = []
+        for opcode in (Admin.DELETE_SQ, Admin.DELETE_CQ):
+            self.admin.handlers[opcode] = partial(self._note, opcode.name, self.admin.handlers[opcode])
+
+    def _note(self, name: str, handler: Callable[[Any], int], command: Any) -> int:
+        self.notes.append((name, command.cdw10))
+        return handler(command)
+
+    def write32(self, offset: int, value: int) -> None:
+        before = self.read32(Reg.CC)
+        if offset == Reg.CC and value & CC_SHN_MASK != before & CC_SHN_MASK:
+            self.notes.append(("shutdown", value & CC_SHN_MASK))
+        if offset == Reg.CC and before & ~value & CC_EN:
+            self.notes.append(("disable", self.read32(Reg.CSTS) & CSTS_SHST_MASK))
+        super().write32(offset, value)
+
+
+@pytest.mark.parametrize("turn", [1, 2, 3])
+@everywhere
+def test_an_interrupt_of_the_user_deletes_the_queues_and_shuts_down(
+    platform: str, turn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the specification; disabling the controller instead would also free the memory."""
+    with world(platform, build=Noting) as w:
+        with pytest.raises(KeyboardInterrupt), w.open(depth=4, queues=2) as controller:
+            model, transport = cast("Noting", w.model(controller)), controller.driver.transport
+            turns, wait, run = [0], transport.wait, model.run
+
+            def interrupted(timeout_ns: int) -> bool:
+                turns[0] += 1
+                if turns[0] == turn:
+                    assert controller.driver.in_flight > 0 and model.notes == []
+                    raise KeyboardInterrupt
+                return run() > 0 or wait(timeout_ns)
+
+            monkeypatch.setattr(transport, "wait", interrupted)
+            monkeypatch.setattr(model, "run", lambda limit=1: run() if turns[0] >= turn else 0)
+            controller.namespaces[1].write(0, bytes(4 << 20))
+        queues = [(name, qid) for qid in (1, 2) for name in ("DELETE_SQ", "DELETE_CQ")]
+        assert model.notes == [*queues, ("shutdown", CC_SHN_NORMAL), ("disable", CSTS_SHST_COMPLETE)]
 
 
 @everywhere
