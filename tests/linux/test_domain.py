@@ -243,28 +243,6 @@ def test_hosts_without_staging_or_files_map_straight(options: dict[str, Any]) ->
     assert fake.left() == {"files": 0, "pinned": 0}
 
 
-def test_allowed_ranges_feed_the_allocator_and_are_read_again_after_an_attach() -> None:
-    fake = host(ranges=[(0, 0xFFFFFF), (0x1200000, 0x1FFFFFF)])
-    with machine("type1", fake, share=True) as made, made.open(EDU) as device:
-        space = device.space
-        assert space.domain.aperture_end == 0x1FFFFFF and space.domain.reserved == ((0x1000000, 0x200000),)
-        seen = [device.dma.try_alloc(0, 1 << 20) for _ in range(29)]
-        for state in seen:
-            assert not (state.addr < 0x1200000 and state.addr + (1 << 20) > 0x1000000) and state.addr < 1 << 25
-        assert not device.dma.try_alloc(0, 1 << 20)
-        for state in seen:
-            state.free()
-        fake.ranges[:] = [(0, 0x7FFFFF), (0x1200000, 0x1FFFFFF)]
-        with made.open(NVME):
-            assert space.domain.reserved == ((0x800000, 0xA00000),)
-            late = [device.dma.try_alloc(0, 1 << 20) for _ in range(22)]
-            assert sum(1 for state in late if state) == 21
-            assert all(not 0x800000 <= state.addr < 0x1200000 for state in late if state)
-            for state in late:
-                if state:
-                    state.free()
-
-
 def test_devices_of_one_group_share_an_address_space_on_type1() -> None:
     fake = host()
     fake.devices[NVME].group = 5

@@ -7,7 +7,7 @@ what was mapped as one and knows no lazy mode; ledger rows that only the host's 
 Each device gets an I/O address space of its own; on type1, devices of one group share theirs, because the hardware
 does. ``share=True`` puts all devices into one. IOVA ranges that the host allows are read after every attach: what is
 not allowed (the MSI window, regions that firmware uses) is reserved in the allocator, and the highest allowed IOVA
-limits it.
+limits it. A device that does not allow what is in use already is refused.
 
     with Machine(ram="64M") as machine, machine.open("0000:01:00.0") as device:
         buffer = machine.buffer(64 << 10)
@@ -17,6 +17,7 @@ limits it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -54,13 +55,25 @@ OBSERVED = frozenset(row.name for row in ROWS) - UNOBSERVED
 
 @dataclass(eq=False)
 class AddressSpace:
-    """A host I/O address space and who uses it: ``group`` is its type1 group (−1: shared by all)."""
+    """A host I/O address space and who uses it: ``group`` is its type1 group (−1: shared by all).
+
+    ``reserved``: the ranges (first, last pfn) that the allocator was kept out of; no range in use overlaps one.
+    """
 
     domain: HostDomain
     iovad: IovaDomain
     group: int = -1
     users: list[Device] = field(default_factory=list)
     reserved: set[tuple[int, int]] = field(default_factory=set)
+
+    def in_use(self) -> list[tuple[int, int]]:
+        """Ranges (first, last pfn) that the allocator gave out and did not get back, ascending."""
+        cached = {pfn for pfn, _ in self.iovad.cached_pfns()}
+        return [
+            (low, high)
+            for low, high in self.iovad.nodes()
+            if low not in cached and not any(low <= last and first <= high for first, last in self.reserved)
+        ]
 
 
 def _size(name: str, value: int | str) -> int:
@@ -181,7 +194,7 @@ class Machine:
             prepare(device)
             undo.callback(device.notices.close)
             device.notices.arm(fd)
-            self._reserve(space)
+            self._reserve(space, info.bdf)
             device.dma = self._dma_device(device, options)
             undo.pop_all()
         self.vfio_devices.append(device)
@@ -242,7 +255,7 @@ class Machine:
         space = next((old for old in self.spaces if old.group == group), None)
         if space is None:
             space = self._new_space(Type1Container(self.kernel, self.pins), group)
-        undo.callback(self._drop_if_unused, space)
+        undo.callback(self._leave, space)
         container = space.domain.backend
         container.add_group(info.group)
         fd = container.open_device(info.group, info.bdf)
@@ -253,15 +266,15 @@ class Machine:
     def _attach_iommufd(self, info: PciDevice, undo: contextlib.ExitStack) -> tuple[int, AddressSpace]:
         if self.iommufd is None:
             self.iommufd = Iommufd(self.kernel)
+        space = self.spaces[0] if self.share and self.spaces else None
+        if space is None:
+            space = self._new_space(Ioas(self.iommufd, self.pins, lambda: self.staging), -1 if self.share else -2)
+        undo.callback(self._leave, space)
         fd = self.kernel.open(info.cdev)
         undo.callback(self.kernel.close, fd)
         data = LAYOUTS["vfio_device_bind_iommufd"].pack(iommufd=self.iommufd.fd)
         self.kernel.ioctl(fd, "VFIO_DEVICE_BIND_IOMMUFD", data)
         number = LAYOUTS["vfio_device_bind_iommufd"].unpack(data).out_devid
-        space = self.spaces[0] if self.share and self.spaces else None
-        if space is None:
-            space = self._new_space(Ioas(self.iommufd, self.pins, lambda: self.staging), -1 if self.share else -2)
-        undo.callback(self._drop_if_unused, space)
         target = space.domain.backend.attach_target(number)
         data = LAYOUTS["vfio_device_attach_iommufd_pt"].pack(pt_id=target)
         self.kernel.ioctl(fd, "VFIO_DEVICE_ATTACH_IOMMUFD_PT", data)
@@ -289,14 +302,35 @@ class Machine:
         self.spaces.append(space)
         return space
 
-    def _reserve(self, space: AddressSpace) -> None:
-        """Keep the allocator out of what the host does not allow, and of where other devices answer."""
+    def _reserve(self, space: AddressSpace, bdf: str) -> None:
+        """Keep the allocator out of what the host does not allow, and of where other devices answer.
+
+        The caches are emptied first: what lies in a magazine would be given out again from under a reservation. What is
+        in use stays; so a device that does not allow it is refused, as the kernel does where something is mapped.
+        """
         gaps = [(start, start + size - 1) for start, size in space.domain.reserved] + bus_windows(self.kernel)
-        for first, last in gaps:
-            gap = (first >> PAGE_SHIFT, last >> PAGE_SHIFT)
-            if gap not in space.reserved:
-                space.iovad.reserve(max(gap[0], 1), gap[1])
-                space.reserved.add(gap)
+        spans = {(max(first >> PAGE_SHIFT, 1), last >> PAGE_SHIFT) for first, last in gaps}
+        fresh = sorted((first, last) for first, last in spans - space.reserved if first <= last)
+        if fresh:
+            space.iovad.flush_rcaches()
+        top = int(space.domain.aperture_end) >> PAGE_SHIFT
+        for low, high in space.in_use():
+            if high > top or any(low <= last and first <= high for first, last in fresh):
+                raise MisuseError(
+                    f"{bdf}: [{low << PAGE_SHIFT:#x}, {high + 1 << PAGE_SHIFT:#x}) is in use in this address space, and"
+                    " this device does not allow it: free it first, or open the device in an address space of its own",
+                    errno.EADDRINUSE,
+                )
+        for first, last in fresh:
+            space.iovad.reserve(first, last)
+            space.reserved.add((first, last))
+
+    def _leave(self, space: AddressSpace) -> None:
+        """Undo an attach: drop a space that nobody uses, and read again what the host allows in one that stays."""
+        self._drop_if_unused(space)
+        if space in self.spaces:
+            with contextlib.suppress(HostError):  # the narrower ranges are safe, too
+                space.domain.refresh()
 
     def _drop_if_unused(self, space: AddressSpace) -> None:
         if not space.users and space in self.spaces:
@@ -340,23 +374,14 @@ class Machine:
 
     def live(self) -> dict[str, int | None]:
         """What is in use: IOVA ranges (cached ones not), bounce slots, mappings that the kernel holds, pinned bytes."""
-        ranges = 0
-        for space in self.spaces:
-            cached = {pfn for pfn, _ in space.iovad.cached_pfns()}
-            ranges += sum(
-                1 for node in space.iovad.nodes() if node[0] not in cached and node not in self._windows(space)
-            )
         return {
-            "iova_ranges": ranges,
+            "iova_ranges": sum(len(space.in_use()) for space in self.spaces),
             "bounce_slots": self.swiotlb.used if self.swiotlb is not None else 0,
             "table_pages": None,
             "queued": 0,
             "mappings": sum(space.domain.mappings for space in self.spaces),
             "pinned_bytes": self.pins.pinned,
         }
-
-    def _windows(self, space: AddressSpace) -> set[tuple[int, int]]:
-        return {(max(low, 1), high) for low, high in space.reserved}
 
     # End ------------------------------------------------------------------------------------------------------
 
