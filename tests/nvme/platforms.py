@@ -67,6 +67,10 @@ class World:
         found: ControllerModel = host.machine.kernel.devices[BDF].controller
         return found
 
+    def masters_the_bus(self, model: ControllerModel) -> bool:
+        """Whether the controller can reach memory at all."""
+        return bool(model.port.enabled if self.fake is None else self.fake.devices[BDF].master)
+
     def abandon(self) -> None:
         """The test has failed, or was gated: whatever is left goes."""
         self.machine.close()

@@ -65,12 +65,12 @@ class FaultyModel(ControllerModel):
         self.held: dict[tuple[int, int], SubmissionRing] = {}
         super().__init__(*args, **options)
 
-    def _fault(self, kinds: tuple[str, ...]) -> Fault | None:
-        """The fault that strikes now, counted down."""
+    def _fault(self, kinds: tuple[str, ...], number: int) -> Fault | None:
+        """The fault that strikes I/O command ``number`` (or a register, then), counted down."""
         for fault in self.faults:
-            if fault.kind in kinds and fault.count > 0 and (fault.kind in REGISTER_FAULTS or fault.at <= self.number):
+            if fault.kind in kinds and fault.count > 0 and (fault.kind in REGISTER_FAULTS or fault.at <= number):
                 fault.count -= 1
-                self.struck.append((fault.kind, self.number))
+                self.struck.append((fault.kind, number))
                 return fault
         return None
 
@@ -86,9 +86,9 @@ class FaultyModel(ControllerModel):
             super().write32(offset, value)
 
     def _enable(self, value: int) -> None:
-        if self._fault(("never-ready",)):
+        if self._fault(("never-ready",), self.number):
             return
-        late = self._fault(("slow-ready",))
+        late = self._fault(("slow-ready",), self.number)
         super()._enable(value)
         if late is not None and self._registers[Reg.CSTS] & CSTS_RDY:
             self._registers[Reg.CSTS] &= ~CSTS_RDY
@@ -100,7 +100,7 @@ class FaultyModel(ControllerModel):
 
     def reset(self) -> None:
         """A reset forgets what is held; one that is refused leaves everything as it is."""
-        if self._fault(("never-disables",)):
+        if self._fault(("never-disables",), self.number):
             self._registers[Reg.CC] |= 1
             return
         self.held.clear()
@@ -117,7 +117,7 @@ class FaultyModel(ControllerModel):
     def _execute(self, sq: SubmissionRing, command: Command) -> tuple[int, int] | None:
         if sq.qid == 0:
             return self._admin(sq, command)
-        fault = self._fault(("fatal", "unplugged", "stall", "deaf", "late", "status"))
+        fault = self._fault(("fatal", "unplugged", "stall", "deaf", "late", "status"), self.number)
         self.number += 1
         if fault is None:
             return super()._execute(sq, command)
@@ -152,7 +152,8 @@ class FaultyModel(ControllerModel):
             super()._complete(sq, cid, *answer)
 
     def _complete(self, sq: SubmissionRing, cid: int, status: int, result: int) -> None:
-        fault = self._fault(("wrong-phase", "bad-command", "bad-queue", "bad-head", "twice")) if sq.qid else None
+        lies = ("wrong-phase", "bad-command", "bad-queue", "bad-head", "twice")
+        fault = self._fault(lies, self.number - 1) if sq.qid else None  # it was counted when it was fetched
         if fault is None:
             super()._complete(sq, cid, status, result)
             return
