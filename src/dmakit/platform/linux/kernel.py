@@ -60,6 +60,7 @@ _CAUSES = {
     ("IOMMU_IOAS_UNMAP", errno.ENOENT): "nothing is mapped there, or the range cuts a mapping",
     ("open", errno.EACCES): "no permission: run as root, or give yourself the file",
     ("open", errno.EPERM): "no permission: run as root, or give yourself the file",
+    ("open", errno.ENOENT): "there is no such file: modprobe vfio-pci; a container must be given /dev/vfio",
     ("open", errno.EBUSY): "another process has it open",
     ("open", errno.ENODEV): "nobody answers behind it: is the module loaded?",
     ("write", errno.EACCES): "no permission: run as root",
