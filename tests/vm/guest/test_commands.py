@@ -1,14 +1,16 @@
-"""The command line on a real kernel: who is not let in."""
+"""The command line on a real kernel: a drive's way to VFIO, through every verb and back, and who is not let in."""
 
 from __future__ import annotations
 
+import random
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from dmakit import vfio
-from tests.vm.guest.support import KERNEL, NVME, driver_of, group_of, modprobe
+from tests.vm.guest.support import KERNEL, NVME, PCI, driver_of, group_of, kernel_nvme, modprobe, read_direct, until
 
 BACKENDS = ("type1", "iommufd") if KERNEL == "iommufd" else ("type1",)
 pytestmark = pytest.mark.on(iommu=("vtd-lazy", "amd"))
@@ -29,6 +31,33 @@ def row(text: str) -> list[str]:
     """The words of the drive's line in a list."""
     (found,) = [line.split() for line in text.splitlines() if line.startswith(BDF)]
     return found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_drives_way_to_vfio_and_back(backend: str, tmp_path: Path) -> None:
+    """Each verb on its own, as a user types them; the kernel's driver has the last word on the bytes."""
+    modprobe("vfio-pci")
+    data = random.Random(backend).randbytes(40 * 512)
+    (tmp_path / "in").write_bytes(data)
+    place = ("--lba", "4096", "--backend", backend, *PLATFORM)
+    modprobe("nvme")
+    until(lambda: driver_of(BDF) == "nvme", "the kernel's driver has the drive")
+    group = group_of(BDF).name
+    assert row(dmakit("vfio", "list")[0])[:5] == [BDF, "NVMe", "1b36:0010", group, "nvme"]
+    assert row(dmakit("nvme", "list")[0])[:4] == [BDF, "1b36:0010", "nvme", group]
+    assert dmakit("vfio", "bind", BDF) == (f"{BDF}: nvme -> vfio-pci\n", "")
+    try:
+        assert row(dmakit("vfio", "list")[0])[:5] == [BDF, "NVMe", "1b36:0010", group, "vfio-pci"]
+        assert row(dmakit("nvme", "list")[0]) == [BDF, "1b36:0010", "vfio-pci", group, *PLATFORM]
+        out, _ = dmakit("nvme", "write", str(tmp_path / "in"), "--yes", *place)
+        assert out == "20480 bytes written from block 4096 of namespace 1, flushed\n"
+        dmakit("nvme", "read", "--blocks", "40", "--out", str(tmp_path / "out"), *place)
+        assert (tmp_path / "out").read_bytes() == data
+    finally:
+        assert dmakit("vfio", "unbind", BDF) == (f"{BDF}: vfio-pci -> nvme\n", "")
+    assert driver_of(BDF) == "nvme" and (PCI / BDF / "driver_override").read_text() == "(null)\n"
+    with kernel_nvme() as nodes:
+        assert read_direct(nodes[BDF], 4096 * 512, len(data)) == data
 
 
 @pytest.fixture(scope="module")
