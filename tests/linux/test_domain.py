@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from dmakit.consts import PROT_READ, PROT_WRITE
-from dmakit.errors import DmakitError, ExhaustedError, MisuseError, UnsupportedError
+from dmakit.errors import DmakitError, MisuseError, UnsupportedError
 from dmakit.iommu.gather import Gather
 from tests.linux.worlds import BACKENDS, BOTH, EDU, FROM, NVME, PAGE, TO, host, machine, taken
 from tests.support.vfio.container import ContainerFile
@@ -265,50 +265,6 @@ def test_huge_blocks_are_one_mapping() -> None:
         assert device.space.domain.held() == [(addr, phys, 4 << 20)]
         assert (made.space.base + phys) % (2 << 20) == 0
         device.dma.unmap_phys(addr, 4 << 20, BOTH)
-
-
-# Limits ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend, chunk", (("type1", PAGE), ("unstaged", PAGE), ("iommufd", 2 << 20)))
-def test_the_memlock_limit_is_told_before_the_kernel_says_it(backend: str, chunk: int) -> None:
-    fake = host(memlock=4 * chunk)
-    _, made, device = taken(backend, fake)
-    call = "VFIO_IOMMU_MAP_DMA" if backend == "type1" else "IOMMU_IOAS_MAP"
-    with made, device:
-        pages = [made.pages.alloc(9) for _ in range(5)]
-        held = [device.dma.map_phys(phys, PAGE, BOTH) for phys in pages[:4]]
-        refused = len(fake.calls)
-        with pytest.raises(ExhaustedError) as caught:
-            device.dma.map_phys(pages[4], PAGE, BOTH)
-        assert str(caught.value) == (
-            f"{call} of {chunk:#x} bytes: {4 * chunk:#x} bytes are locked and the limit is {4 * chunk:#x}"
-            " (RLIMIT_MEMLOCK): raise it with 'ulimit -l unlimited', memlock in /etc/security/limits.conf,"
-            " LimitMEMLOCK= of a systemd service, or run with CAP_IPC_LOCK"
-        )
-        assert len(fake.calls) == refused and made.live()["mappings"] == 4
-        for addr in held:
-            device.dma.unmap_phys(addr, PAGE, BOTH)
-        assert made.live()["iova_ranges"] == 0
-
-
-def test_the_containers_limit_is_told_before_the_kernel_says_it() -> None:
-    fake = host(entry_limit=3)
-    _, made, device = taken("type1", fake)
-    with made, device:
-        buffer = made.buffer(PAGE)
-        held = [device.dma.map_phys(*buffer.ranges[0], TO) for _ in range(3)]
-        with pytest.raises(ExhaustedError) as caught:
-            device.dma.map_phys(*buffer.ranges[0], TO)
-        assert str(caught.value) == (
-            "VFIO_IOMMU_MAP_DMA: the container holds 3 mappings, its limit: raise dma_entry_limit of vfio_iommu_type1,"
-            " or map larger pieces once (premapped buffers)"
-        )
-        assert caught.value.errno_name == "ENOSPC" and "VFIO_IOMMU_MAP_DMA" in fake.calls
-        device.dma.unmap_phys(held.pop(), PAGE, TO)
-        held.append(device.dma.map_phys(*buffer.ranges[0], TO))
-        for addr in held:
-            device.dma.unmap_phys(addr, PAGE, TO)
 
 
 # Dirty pages -------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class ContainerFile(File):
         if len(space.areas) >= self.limit:
             raise refuse(errno.ENOSPC)
         space.check(f.iova, f.size)
-        account = None if self.host.is_device_memory(f.vaddr) else self.host.account
+        account = None if self.host.is_device_memory(f.vaddr) else self.host.account.process
         space.add(Area(f.iova, f.size, f.flags & 3, Pages(f.vaddr, f.size, account), 0))
 
     def vfio_iommu_unmap_dma(self, f: Any, _: Any) -> None:

@@ -132,7 +132,7 @@ class IommuFile(File):
     def iommu_ioas_map(self, f: Any, _: Any) -> None:
         if vars(f)["__reserved"]:
             raise refuse(errno.EOPNOTSUPP)
-        self._map(f.ioas_id, f.flags, f.iova, f.length, Pages(f.user_va, f.length, self.host.account))
+        self._map(f.ioas_id, f.flags, f.iova, f.length, Pages(f.user_va, f.length, self.host.account.user))
 
     def iommu_ioas_map_file(self, f: Any, _: Any) -> None:
         if not self.host.maps_files:
@@ -143,7 +143,7 @@ class IommuFile(File):
             if f.start + f.length > buf.size:
                 raise refuse(errno.EINVAL)
         else:
-            pages = map_file(f.fd, f.start, f.length, self.host.account)
+            pages = map_file(f.fd, f.start, f.length, self.host.account.user)
         self._map(f.ioas_id, f.flags, f.iova, f.length, pages)
 
     def iommu_ioas_copy(self, f: Any, _: Any) -> None:

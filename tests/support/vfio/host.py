@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from dmakit.errors import HostError
-from dmakit.platform.linux.kernel import Kernel, host_error
+from dmakit.platform.linux.kernel import Kernel, UserAccount, host_error
 from dmakit.platform.linux.uapi import IOCTLS
 from tests.support.vfio.container import ContainerFile
 from tests.support.vfio.devices import FakeDevice
 from tests.support.vfio.files import File, IommuFile
 from tests.support.vfio.opened import DeviceFile, GroupFile
-from tests.support.vfio.pages import Account
+from tests.support.vfio.pages import Accounts
 
 VTD_RANGES = [(0, 0xFEDFFFFF), (0xFEF00000, (1 << 48) - 1)]
 PCI = "/sys/bus/pci"
@@ -36,7 +36,8 @@ class FakeHost(Kernel):
         self.devices = {device.bdf: device for device in devices}
         self.has_type1, self.has_iommufd, self.root = type1, iommufd, root
         self.ranges = VTD_RANGES if ranges is None else ranges
-        self.account = Account(memlock)
+        self.account = Accounts(memlock)
+        self.user = UserAccount()
         self.entry_limit, self.dirty, self.extra_tables = entry_limit, dirty, extra_tables
         self.maps_files, self.dma_bufs = maps_files, dma_bufs
         self.open_files: dict[int, File] = {}
@@ -227,8 +228,8 @@ class FakeHost(Kernel):
     def memlock(self) -> int | None:
         return self.account.limit
 
-    def status(self) -> dict[str, str]:
-        return {"VmLck": "0 kB", "VmPin": f"{self.account.bytes // 1024} kB"}
+    def locked(self) -> int:
+        return self.account.process.bytes
 
     # what tests ask
 

@@ -17,15 +17,29 @@ def refuse(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
-class Account:
-    """Pinned bytes of the process and what it may pin."""
+class Accounts:
+    """Pinned bytes: type1's, charged to the process, and iommufd's, charged to its user; each may be ``limit``."""
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
+        self.process, self.user = Account(self), Account(self)
+
+    @property
+    def bytes(self) -> int:
+        """All together."""
+        return self.process.bytes + self.user.bytes
+
+
+class Account:
+    """Pinned bytes that one limit counts."""
+
+    def __init__(self, accounts: Accounts) -> None:
+        self.accounts = accounts
         self.bytes = 0
 
     def charge(self, pages: int) -> None:
-        if self.limit is not None and self.bytes + pages * PAGE > self.limit:
+        limit = self.accounts.limit
+        if limit is not None and self.bytes + pages * PAGE > limit:
             raise refuse(errno.ENOMEM)
         self.bytes += pages * PAGE
 

@@ -222,6 +222,7 @@ def test_pins_are_counted_as_the_kernel_counts_them(backend: str) -> None:
         assert pinned() - base == machine.pins.pinned
 
 
+AS_A_USER = ("prlimit", "--memlock=4194304", "setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock")
 LIMITED = """
 import sys
 from dmakit import vfio
@@ -238,6 +239,38 @@ with vfio.Machine(backend=sys.argv[1], ram="16M", staging=False) as machine:
 """
 
 
+LIMITED_TWICE = """
+import sys
+from dmakit import vfio
+from dmakit.errors import DmakitError
+options = {"backend": sys.argv[1], "ram": "16M", "staging": False}
+with vfio.Machine(**options) as one, vfio.Machine(**options) as two:
+    edu, nvme = one.open("0000:00:10.0", mask=(1 << 28) - 1), two.open("0000:00:04.0")
+    edu.dma.map_phys(one.buffer("1M", order=8).ranges[0][0], 1 << 20, 0)
+    edu.dma.map_phys(one.buffer("2M", order=9).ranges[0][0], 2 << 20, 0)
+    phys = two.buffer("2M", order=9).ranges[0][0]
+    if sys.argv[2] == "kernel":
+        two.pins.limit = None
+    try:
+        nvme.dma.map_phys(phys, 2 << 20, 0)
+    except DmakitError as error:
+        print(type(error).__name__, error.errno_name, str(error)[:110])
+    nvme.dma.map_phys(phys, 1 << 20, 0)
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_limit_counts_for_two_machines_together(backend: str) -> None:
+    call = "VFIO_IOMMU_MAP_DMA" if backend == "type1" else "IOMMU_IOAS_MAP"
+    told = f"ExhaustedError ENOMEM {call} of 0x200000 bytes: 0x300000 bytes are locked and the limit is 0x400000"
+    with bound(NVME):
+        for who, expected in (("dmakit", told), ("kernel", "HostError ENOMEM")):
+            run = subprocess.run([*AS_A_USER, sys.executable, "-c", LIMITED_TWICE, backend, who],
+                                 capture_output=True, text=True, check=False)  # fmt: skip
+            assert run.returncode == 0, run.stderr
+            assert run.stdout.startswith(expected), run.stdout
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_limit_on_locked_memory(backend: str) -> None:
     call = "VFIO_IOMMU_MAP_DMA" if backend == "type1" else "IOMMU_IOAS_MAP"
@@ -245,8 +278,7 @@ def test_the_limit_on_locked_memory(backend: str) -> None:
         ("dmakit", f"ExhaustedError ENOMEM {call} of 0x800000 bytes"),
         ("kernel", "HostError ENOMEM"),
     ):
-        command = ["prlimit", "--memlock=4194304", "setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"]
-        run = subprocess.run([*command, sys.executable, "-c", LIMITED, backend, who],
+        run = subprocess.run([*AS_A_USER, sys.executable, "-c", LIMITED, backend, who],
                              capture_output=True, text=True, check=False)  # fmt: skip
         assert run.returncode == 0, run.stderr
         assert run.stdout.startswith(expected), run.stdout

@@ -28,7 +28,7 @@ from dmakit.consts import PAGE_SIZE, PROT_READ, PROT_WRITE
 from dmakit.errors import DmakitError, HostError, MisuseError, UnsupportedError
 from dmakit.platform.linux import dirty, uapi
 from dmakit.platform.linux.kernel import Kernel, address_of
-from dmakit.platform.linux.limits import PinLedger, Pins
+from dmakit.platform.linux.limits import PinLedger, UserPins
 from dmakit.platform.linux.space import HUGE_PAGE, MemoryObject, Piece
 from dmakit.platform.linux.type1 import drop_range
 from dmakit.platform.linux.uapi import LAYOUTS
@@ -130,7 +130,7 @@ class Staging:
 
     def __init__(self, iommufd: Iommufd, device: int, pins: PinLedger, aperture_end: int) -> None:
         self.iommufd = iommufd
-        self.pins = Pins(pins)
+        self.pins = UserPins(pins)
         self.aperture_end = aperture_end
         self.ioas = iommufd.new_ioas()
         self.chunks: dict[int, int] = {}
@@ -183,7 +183,7 @@ class Ioas:
 
     def __init__(self, iommufd: Iommufd, pins: PinLedger, staging: Callable[[], Staging | None]) -> None:
         self.iommufd = iommufd
-        self.pins = Pins(pins)
+        self.pins = UserPins(pins)
         self.staging = staging
         self.number = iommufd.new_ioas()
         self.table = 0

@@ -22,6 +22,7 @@ import os
 import resource
 import select
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,23 @@ def address_of(buffer: Any) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
+class UserAccount:
+    """Bytes that this process knows to be charged to its user; all machines of the process count in it."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, size: int) -> None:
+        """``size`` bytes more (negative: fewer)."""
+        with self._lock:
+            self.bytes += size
+
+
 class Kernel:
-    """The host's kernel. ``fail`` is shared with the machine."""
+    """The host's kernel. ``fail`` is shared with the machine, ``user`` by all machines of the process."""
+
+    user = UserAccount()
 
     def __init__(self, fail: FailPoint | None = None) -> None:
         self.fail = FailPoint() if fail is None else fail
@@ -261,12 +277,16 @@ class Kernel:
     def memlock(self) -> int | None:
         """Bytes that this process may lock (RLIMIT_MEMLOCK); None when nothing limits it."""
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-        status = self.status()
-        if limit == resource.RLIM_INFINITY or int(status.get("CapEff", "0"), 16) >> CAP_IPC_LOCK & 1:
+        if limit == resource.RLIM_INFINITY or int(self._status("CapEff"), 16) >> CAP_IPC_LOCK & 1:
             return None
         return limit
 
-    def status(self) -> dict[str, str]:
-        """The fields of /proc/self/status (``VmPin`` and ``VmLck`` are what is pinned and locked, in kB)."""
-        lines = (self.text("/proc/self/status") or "").splitlines()
-        return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    def locked(self) -> int:
+        """Bytes that the kernel holds against that limit for this process (VmLck): type1's pins, mlock."""
+        return int(self._status("VmLck").split()[0]) * 1024
+
+    def _status(self, field: str) -> str:
+        """A field of /proc/self/status, 0 when there is none; nothing else is read: every pin under a limit asks."""
+        text = self.text("/proc/self/status") or ""
+        at = text.find(f"\n{field}:")
+        return text[at + len(field) + 2 : text.find("\n", at + 1)].strip() if at >= 0 else "0"
