@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import mmap
 from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +14,15 @@ import pytest
 
 from dmakit.errors import DmakitError
 from dmakit.failpoint import FailPoint
+from dmakit.platform import linux
 from dmakit.platform.linux.machine import Machine
+from dmakit.platform.linux.uapi import IOCTLS
 from tests.linux.worlds import BACKENDS, BOTH, EDU, NVME, PAGE, host
 from tests.support.sweep import descriptors, no_collection, sweep
+from tests.support.vfio.devices import FakeDevice, FakeRegion
 from tests.support.vfio.host import FakeHost
+
+PEER = "0000:00:07.0"
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +37,8 @@ class World:
     def __init__(self, backend: str, *, opened: bool, dirty: bool = False) -> None:
         self.backend = backend
         self.host = host(dirty=dirty)
+        self.host.devices[PEER] = FakeDevice(PEER, 7)
+        self.host.devices[PEER].regions[2] = FakeRegion(4 * PAGE, mapped=True)
         self.start = descriptors()
         self.machine: Machine | None = None
         self.device: Any = None
@@ -127,6 +137,31 @@ def registered(world: World) -> None:
             world.device.dma.unmap_phys(world.device.dma.map_phys(phys, size, BOTH), size, BOTH)
 
 
+def peer(world: World) -> None:
+    assert world.machine is not None
+    with world.machine.open(PEER) as other:
+        bar = other.bar(2)
+        addr = world.device.dma.map_resource(bar.phys, PAGE, BOTH)
+        world.device.dma.unmap_resource(addr, PAGE, BOTH)
+
+
+def dirty_pages(world: World) -> None:
+    assert world.machine is not None
+    buffer, domain = world.machine.buffer(PAGE), world.device.space.domain
+    try:
+        addr = world.device.dma.map_phys(*buffer.ranges[0], BOTH)
+        try:
+            domain.set_dirty_tracking(True)
+            try:
+                domain.read_and_clear_dirty(addr, PAGE, np.zeros(1, np.uint64))
+            finally:
+                domain.set_dirty_tracking(False)
+        finally:
+            world.device.dma.unmap_phys(addr, PAGE, BOTH)
+    finally:
+        buffer.release()
+
+
 class DmakitErrorAsIova(DmakitError):
     """try_alloc answers a failed allocation with a falsy state."""
 
@@ -134,8 +169,11 @@ class DmakitErrorAsIova(DmakitError):
         super().__init__("no IOVA")
 
 
+OPERATIONS = (streaming, two_step, scatter, coherent, registered, peer, dirty_pages)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("operation", (streaming, two_step, scatter, coherent, registered))
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_mapping_operations(backend: str, operation: Any) -> None:
     def run(world: World) -> None:
         operation(world)
@@ -149,7 +187,47 @@ def test_mapping_operations(backend: str, operation: Any) -> None:
             world.nothing_mapped()
         world.nothing_left()
 
-    assert sweep(lambda: World(backend, opened=True), World.fail, run, check) >= 2
+    assert sweep(lambda: World(backend, opened=True, dirty=operation is dirty_pages), World.fail, run, check) >= 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_closing(backend: str) -> None:
+    """Whatever the host refuses on the way out, everything goes."""
+
+    def opened() -> World:
+        world = World(backend, opened=False, dirty=True)
+        bring_up(world)
+        streaming(world)
+        return world
+
+    def close(world: World) -> None:
+        assert world.machine is not None
+        world.machine.close()
+
+    assert sweep(opened, World.fail, close, lambda world, failed: world.nothing_left()) >= 3
+
+
+def used_by_the_source() -> set[str]:
+    """The ioctls that some module of the platform names in a call."""
+    found = set()
+    for path in Path(linux.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                found |= {word.value for word in node.args if isinstance(word, ast.Constant) and word.value in IOCTLS}
+    return found
+
+
+def test_the_sweeps_refuse_every_ioctl_once() -> None:
+    """A sweep refuses each call that its operation makes; here they run without one, and are watched."""
+    swept: set[str] = set()
+    for backend, operation in product(BACKENDS, (bring_up, *OPERATIONS)):
+        for dirty in (False, True) if operation is bring_up else (operation is dirty_pages,):
+            world = World(backend, opened=operation is not bring_up, dirty=dirty)
+            world.host.calls.clear()
+            operation(world)
+            swept |= set(world.host.calls)
+            world.nothing_left()
+    assert swept == used_by_the_source()
 
 
 def test_interrupted_hosts_can_be_used_again() -> None:

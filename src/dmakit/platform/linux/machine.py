@@ -348,7 +348,8 @@ class Machine:
             device.space.users.remove(device)
         self._drop_if_unused(device.space)
         for space in self.spaces:
-            space.domain.refresh()
+            with contextlib.suppress(HostError):  # a device less can only widen the ranges: what was known stays true
+                space.domain.refresh()
 
     # Observation ----------------------------------------------------------------------------------------------
 
