@@ -85,7 +85,7 @@ def unmapped_twice(w: World) -> None:
 
 def sg_changed(w: World) -> None:
     sg = w.device.map_sg([(page, PAGE) for page in w.pages[:3]], TO)
-    sg.entries = 2
+    sg.phys[2] = w.pages[0]
     w.device.unmap_sg(sg)
 
 

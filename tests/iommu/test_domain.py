@@ -163,11 +163,6 @@ def test_a_queued_gather_is_left_to_the_flush_queue() -> None:
     domain.flush(gather)
     assert events == [("unmap", LEAF, M2, M2)]
     assert (gather.is_empty, gather.freelist != 0, world.tables.in_use) == (True, True, tables)
-    late = Gather()
-    late.add_range(LEAF, K4)
-    late.queued = True
-    domain.flush(late)
-    assert len(events) == 1 and not late.is_empty
     domain.flush_all()
     assert events[1:] == [("flush_range", 0, TOP, 0, 52), ("qi", 0x200E2, 0)]
     assert world.tables.free_list(gather.freelist) == 1

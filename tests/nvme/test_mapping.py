@@ -379,3 +379,20 @@ def test_typed_calls_answer_and_count_as_the_public_ones(options: dict[str, obje
         machine.close()
     assert seen[0] == seen[1]
     assert {status for status, *_ in seen[0][0]} >= {0}
+
+
+@pytest.mark.parametrize("entries", [(1 << 31) - 1, SMALL_BYTES // 16 + 1, -1])
+def test_a_count_that_the_list_block_cannot_hold_is_refused(entries: int) -> None:
+    """``entries`` says how much of the block unmap reads: what a caller wrote there is looked at first."""
+    bench = Bench()
+    iod = bench.mapper.map(Request(Op.READ, GAPPED))
+    assert (iod.path_name, iod.entries) == ("per-segment", 3)
+    iod.entries = entries
+    with pytest.raises(MisuseError, match=rf"^entries={entries}: the list block holds {SMALL_BYTES // 16}$"):
+        bench.mapper.unmap(iod)
+    iod.entries = 3
+    bench.mapper.unmap(iod)
+    assert bench.done()
+    iod.path = 1 << 30
+    with pytest.raises(MisuseError, match=rf"^path={1 << 30}: must be from 0 to {len(PATHS) - 1}$"):
+        assert iod.path_name

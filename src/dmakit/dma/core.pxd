@@ -46,20 +46,20 @@ cdef class MapCore:
     cdef readonly bint force_bounce
     cdef readonly bint pci
     cdef readonly bint unchecked
-    cdef public bint prefer_32bit
-    cdef public bint skip_sync
-    cdef public unsigned long long mask
-    cdef public unsigned long long coherent_mask
+    cdef readonly bint prefer_32bit
+    cdef readonly bint skip_sync
+    cdef readonly unsigned long long mask
+    cdef readonly unsigned long long coherent_mask
     cdef readonly unsigned long long bus_dma_limit
     cdef readonly unsigned long long granule_mask
     cdef readonly unsigned long long cut_from
-    cdef public unsigned long long min_align_mask
-    cdef public unsigned long long max_segment
-    cdef public unsigned long long boundary
+    cdef readonly unsigned long long min_align_mask
+    cdef readonly unsigned long long max_segment
+    cdef readonly unsigned long long boundary
     cdef readonly int granule_shift
     cdef readonly int defects
-    cdef public int why
-    cdef public int error
+    cdef readonly int why
+    cdef readonly int error
     cdef unsigned long long[::1] scratch
     cdef readonly Py_ssize_t scratch_used
 

@@ -8,7 +8,7 @@ cdef class IovaState(IovaWindow):
     cdef int run_direction
     cdef int run_attrs
     cdef list more
-    cdef public object device
+    cdef readonly object device
     cdef readonly long long serial
     cdef Py_ssize_t slot
     cdef void _open(self, object device, int cpu) noexcept

@@ -12,12 +12,12 @@ cdef unsigned long long _UINT_MASK
 
 cdef class SgMapping:
     cdef readonly Py_ssize_t capacity
-    cdef public Py_ssize_t entries
+    cdef readonly Py_ssize_t entries
     cdef readonly Py_ssize_t count
-    cdef public int direction
-    cdef public int attrs
+    cdef readonly int direction
+    cdef readonly int attrs
     cdef readonly bint each
-    cdef public bint live
+    cdef readonly bint live
     cdef readonly unsigned long long[::1] phys
     cdef readonly unsigned long long[::1] length
     cdef readonly unsigned char[::1] kind

@@ -4,7 +4,7 @@ from dmakit.iommu.iotlb cimport Iotlb
 cdef class DeviceTlb:
     cdef readonly int source
     cdef readonly int queue_depth
-    cdef public int did
+    cdef readonly int did
     cdef readonly unsigned long long invalidations
     cdef readonly Iotlb cache
     cdef unsigned long long _lookup(self, unsigned long long iova, bint write) noexcept nogil

@@ -8,7 +8,7 @@ cdef class Port:
     cdef readonly int source
     cdef readonly str name
     cdef readonly bint coherent
-    cdef public object cache
+    cdef readonly object cache
     cdef readonly list peers
     cdef unsigned long long low
     cdef unsigned long long high

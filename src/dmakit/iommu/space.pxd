@@ -14,7 +14,7 @@ cdef class Domain(FlushTarget):
     cdef readonly object capabilities
     cdef readonly bint dirty_tracking
     cdef public object events
-    cdef public object failure
+    cdef readonly object failure
     cdef Gather scratch
     cdef Gather pending
     cdef int _map(self, unsigned long long iova, unsigned long long phys, unsigned long long size, int prot,

@@ -23,7 +23,7 @@ cdef class IovaTree:
     cdef readonly int fresh
     cdef readonly int capacity
     cdef readonly long long count
-    cdef public long long visited
+    cdef readonly long long visited
     cdef bint _grow(self) noexcept with gil
     cdef int _take(self) noexcept nogil
     cdef int _insert_before(self, int above, unsigned long long lo, unsigned long long hi) noexcept nogil

@@ -1,7 +1,7 @@
 from dmakit.consts cimport *
 
 cdef class Iod:
-    cdef public object request
+    cdef readonly object request
     cdef public int status
     cdef public int flags
     cdef public int psdt
@@ -10,9 +10,9 @@ cdef class Iod:
     cdef public unsigned long long mptr
     cdef public unsigned long long total
     cdef public object state
-    cdef public int map_type
+    cdef readonly int map_type
     cdef public list blocks
-    cdef public list vectors
+    cdef readonly list vectors
     cdef public int entries
     cdef public object meta_state
     cdef public int meta_map_type

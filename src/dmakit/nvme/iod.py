@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import cython
 
+from dmakit.errors import MisuseError
+
 if not cython.compiled:
     from dmakit.consts import P2P_MAP_NONE
 
@@ -69,6 +71,8 @@ class Iod:
     @property
     def path_name(self) -> str:
         """The path's declared name."""
+        if not 0 <= self.path < len(PATHS):
+            raise MisuseError(f"path={self.path}: must be from 0 to {len(PATHS) - 1}")
         return PATHS[self.path]
 
     @property

@@ -329,6 +329,10 @@ class RequestMapper:
         at: cython.int
         block: Block
         direction: int = iod.request.direction
+        if iod.psdt != PSDT_PRP and iod.blocks:
+            block = iod.blocks[0]
+            if not 0 <= iod.entries <= block.size >> 4:
+                raise MisuseError(f"entries={iod.entries}: the list block holds {block.size >> 4}")
         for addr, length in iod.vectors:
             self._unmap_one(addr, length, direction, attrs, cpu)
         iod.vectors.clear()
