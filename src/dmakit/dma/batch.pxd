@@ -1,12 +1,15 @@
 from dmakit.dma.iova_state cimport IovaState
 from dmakit.dma.streaming cimport Streaming
 
+cdef unsigned long long _ALL_ONES
+
+cdef unsigned long long _bytes(const unsigned long long[::1] sizes, Py_ssize_t count) noexcept nogil
 cdef Py_ssize_t _link_run(
     IovaState state, const unsigned long long[::1] phys, const unsigned long long[::1] sizes, unsigned long long offset,
     int direction, int attrs, int cpu) except? -1
 cdef Py_ssize_t _map_run(
     Streaming device, const unsigned long long[::1] phys, const unsigned long long[::1] sizes, unsigned long long[::1] out,
     int direction, int attrs, int cpu) except? -1
-cdef int _unmap_run(
+cdef Py_ssize_t _unmap_run(
     Streaming device, const unsigned long long[::1] addresses, const unsigned long long[::1] sizes, Py_ssize_t count,
     int direction, int attrs, int cpu) except? -1

@@ -1,9 +1,9 @@
 """Many pieces in one call: arrays in, arrays out, no Python object a piece.
 
 ``map_many`` and ``unmap_many`` are loops of ``map_phys`` and ``unmap_phys`` (one IOVA and one sync each); ``link_many``
-links pieces one behind the other into a window. Each is all or nothing: what a failing call had done is undone
-before it raises. Arrays are buffers of 64-bit words (``array("Q")``, NumPy ``uint64``, memoryviews of them). The
-contract checker sees only the scalar calls.
+links pieces one behind the other into a window. Mapping is all or nothing: what a failing call had done is undone
+before it raises. Unmapping goes on past a piece that is not there, and says so at the end. Arrays are buffers of 64-bit
+words (``array("Q")``, NumPy ``uint64``, memoryviews of them). The contract checker sees only the scalar calls.
 """
 
 from __future__ import annotations
@@ -20,6 +20,20 @@ from dmakit.iova.arguments import words
 if not cython.compiled:
     from dmakit.dma.iova_state import IovaState
     from dmakit.dma.streaming import Streaming
+
+_ALL_ONES = (1 << 64) - 1
+
+
+def _bytes(sizes: memoryview[int], count: cython.Py_ssize_t) -> cython.ulonglong:
+    """Sum of the first ``count`` sizes; all ones when that does not fit in 64 bits."""
+    i: cython.Py_ssize_t = 0
+    total: cython.ulonglong = 0
+    while i < count:
+        if sizes[i] > _ALL_ONES - total:
+            return _ALL_ONES
+        total += sizes[i]
+        i += 1
+    return total
 
 
 def _link_run(
@@ -70,13 +84,16 @@ def _unmap_run(
     direction: cython.int,
     attrs: cython.int,
     cpu: cython.int,
-) -> cython.int:
+) -> cython.Py_ssize_t:
+    """Unmap them all; the first piece at which nothing was mapped, ``count`` when there is none."""
     i: cython.Py_ssize_t = 0
+    missing: cython.Py_ssize_t = count
     with cython.nogil:
         while i < count:
-            device._unmap_phys(addresses[i], sizes[i], direction, attrs, cpu)
+            if device._unmap_phys(addresses[i], sizes[i], direction, attrs, cpu) != 0 and missing == count:
+                missing = i
             i += 1
-    return 0
+    return missing
 
 
 def _pairs(first: object, second: object, names: str) -> tuple[memoryview[int], memoryview[int]]:
@@ -99,11 +116,11 @@ def link_many(
     """``state.link`` for each piece, one behind the other from ``offset``; returns the bytes linked. No sync."""
     way, how, on = checked_direction(direction), checked_attrs(attrs), state._on_cpu(cpu)
     places, lengths = _pairs(phys, sizes, "phys")
-    start, total = state._check_range("link_many", offset, sum(lengths))
+    known = int(_bytes(lengths, len(lengths)))
+    start, total = state._check_range("link_many", offset, known if known != _ALL_ONES else sum(lengths))
     done = int(_link_run(state, places, lengths, start, way, how, on))
-    linked = sum(lengths[:done])
     if done < len(places):
-        error = int(state.core.error)
+        error, linked = int(state.core.error), int(_bytes(lengths, done))
         if linked:
             state._note_piece(start, linked, way, how)
             state.unlink(start, linked, way, how, cpu=on)
@@ -144,7 +161,12 @@ def unmap_many(
     *,
     cpu: SupportsIndex = 0,
 ) -> None:
-    """``unmap_phys`` for each piece of ``map_many``."""
+    """``unmap_phys`` for each piece of ``map_many``.
+
+    Where nothing is mapped, MisuseError as from ``unmap_phys``, naming the first such item; the others are unmapped.
+    """
     way, how, on = checked_direction(direction), checked_attrs(attrs), checked_cpu(cpu, device.ledger.cpus)
     places, lengths = _pairs(addresses, sizes, "addresses")
-    _unmap_run(device, places, lengths, len(places), way, how, on)
+    at = int(_unmap_run(device, places, lengths, len(places), way, how, on))
+    if at < len(places):
+        raise MisuseError(f"unmap_many: item {at}: nothing is mapped at {places[at]:#x}", rule="not-mapped")
