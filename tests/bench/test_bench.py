@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dmakit import _core
 from dmakit.bench import bitmap_rows, history, suite, thread_rows, yardsticks
 from dmakit.bench.iommu_rows import map_pages, small_pages, unmap_pages
 from dmakit.bench.native import _walk_unchecked
@@ -33,19 +35,34 @@ def two_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "all_rows", lambda: sorted(rows, key=suite.order))
 
 
-def test_rows_are_complete_and_unique() -> None:
+GOALS = """
+1   <= 0.45 E    2   <= 2.3 2E    3a >= 1500 own  3b  <= 150 E    4   <= 2.8 F    5   <= 2.2 F    6a  <= 1.1 E
+6b  <= 6.5 2E    7a  <= 14 E      7b <= 28 E      8   <= 1.6 W    9a  <= 9 E      9b  <= 9 E      10a >= 0.9 M
+10b >= 0.9 own   10c >= 2 own     11a >= 18 own   11b >= 0.35 M   12a <= 3 F      12b <= 0.5 E    12c <= 0.5 E
+13  >= 9 own     14  <= 6 own     15a <= 20 own   15b <= 5 own    16  <= 40 E
+"""
+
+
+def test_the_rows_are_the_table_of_goals() -> None:
+    words = GOALS.split()
+    wanted = [" ".join(words[at : at + 4]) for at in range(0, len(words), 4)]
     rows = suite.all_rows()
-    ids = [row.id for row in rows]
-    assert len(set(ids)) == len(ids)
-    numbered = [text for text in ids if text[0].isdigit()]
-    assert numbered == sorted(numbered, key=lambda text: (int(text.rstrip("abcdefgh")), text))
-    assert ids[len(numbered) :] == ["T0", "T1", "T1p", "T2", "T2p", "T4", "T4p"]
-    for row in rows:
-        assert row.better in ("lower", "higher")
-        assert row.yardstick in yardsticks.NAMES
-        assert (row.goal is None) == (row.id[0] == "T")
-        assert (row.goal or 1) > 0 and row.times > 0 and row.unit and row.name
-    assert {"10a", "10b", "10c", "11a", "11b"} <= set(ids)
+    found = []
+    for row in (row for row in rows if row.goal is not None):
+        sign = {"lower": "<=", "higher": ">="}[row.better]
+        measure = row.yardstick if row.times == 1 else f"{row.times:g}{row.yardstick}"
+        found.append(f"{row.id} {sign} {row.goal:g} {measure}")
+    assert found == wanted
+    assert [row.id for row in rows if row.goal is None] == ["T0", "T1", "T1p", "T2", "T2p", "T4", "T4p"]
+    assert all(row.yardstick in yardsticks.NAMES and row.unit and row.name for row in rows)
+    assert set(history.recorded()) == {text.split()[0] for text in wanted}
+
+
+def test_every_module_of_rows_is_in_the_suite() -> None:
+    folder = Path(suite.__file__).parent
+    assert {module.__name__.rpartition(".")[2] for module in suite.MODULES} == {
+        p.stem for p in folder.glob("*_rows.py")
+    }
 
 
 def test_every_bitmap_row_can_be_measured() -> None:
@@ -88,6 +105,21 @@ def test_a_thread_that_fails_is_an_error_not_a_hang() -> None:
 
     with pytest.raises(ValueError, match=r"^cpu 1$"):
         thread_rows.elapsed(Bench(), 3, 1, broken)
+
+
+def test_a_thread_that_cannot_start_is_an_error_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of three threads may not go to its core: the two at the barrier are let go."""
+
+    def refuse(pid: int, cores: set[int]) -> None:
+        if cores == {2}:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    released = threading.Timer(10, os._exit, (3,))  # a hang ends the run rather than the patience
+    released.start()
+    with pytest.raises(OSError, match=r"^\[Errno 22\] Invalid argument$"):
+        thread_rows.elapsed(Bench(cores=(0, 1, 2)), 3, 1, lambda *rest: None)
+    released.cancel()
 
 
 def test_yardsticks_are_positive_and_the_walk_translates() -> None:
@@ -139,13 +171,18 @@ def test_a_statement_is_executed_that_often() -> None:
     assert seen == [1] * 30
 
 
-def test_the_report_and_the_change(two_rows: None, own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_and_the_change(
+    two_rows: None, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(history, "recorded", dict)
     assert run(["bench", "--short", "--repetitions", "1", "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert set(report) >= {"machine", "core", "yardsticks", "rows"}
+    assert list(report) == ["machine", "core", "short", "yardsticks", "rows", "informative"]
     assert set(report["yardsticks"]) == {"E", "F", "W", "M"}
-    names = {"id", "name", "value", "unit", "ratio", "yardstick", "goal", "better", "met"}
-    assert all(names <= set(row) for row in report["rows"])
+    names = ["id", "name", "value", "unit", "ratio", "yardstick", "goal", "better", "met"]
+    assert all(list(row) == [*names, "spread", "times", "error", "note"] for row in report["rows"])
+    text = (Path(__file__).parents[2] / "docs" / "bench.md").read_text()
+    assert all(f"`{key}`" in text for key in [*report, *report["rows"][0]])
     assert [(row["id"], row["ratio"], row["met"]) for row in report["rows"]] == [("2a", 0.375, True), ("10", 4.0, True)]
     assert len(list(own_cache.glob("*.json"))) == 1
     assert run(["bench", "--short", "--repetitions", "1", "2"]) == 0
@@ -159,7 +196,8 @@ def test_gross_losses() -> None:
     row = {"id": "1", "name": "x", "ratio": 5.0, "better": "lower", "error": None}
     report: dict[str, object] = {"rows": [row]}
     assert history.losses(report, {"1": 2.6}) == []
-    assert history.losses(report, {"2": 0.1}) == []
+    assert history.losses(report, {"1": 2.6, "2": 0.1}) == ["row 2: recorded, but no such row was measured"]
+    assert history.losses(report, {}) == []
     assert history.losses(report, {"1": 2.4}) == ["row 1 (x): ratio 5, recorded 2.4"]
     row["better"] = "higher"
     assert history.losses(report, {"1": 9.0}) == []
@@ -177,11 +215,43 @@ def test_a_row_without_a_goal_is_shown_and_kept_but_not_held_to(
     held = Row("1", "holds", "ns", 3.0, "lower", "own", lambda b: (2.0, 1.0))
     monkeypatch.setattr(suite, "all_rows", lambda: [held, row])
     monkeypatch.setattr(history, "recorded", lambda: {"1": 2.0})
+    assert run(["bench", "--short", "--repetitions", "1", "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [[row["id"] for row in report[part]] for part in ("rows", "informative")] == [["1"], ["T9"]]
+    assert history.earlier(report) == {"1": 2.0, "T9": 2.0}
     path = tmp_path / "ratios.json"
     assert run(["bench", "--short", "--repetitions", "1", "--record", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "1 of 1 goals met" in shown and "T9: 2 is two" in shown
     assert json.loads(path.read_text()) == {"1": 2.0}
+
+
+@pytest.mark.parametrize("form", [[], ["--short"]])
+@pytest.mark.parametrize("goal", [1.0, None])
+def test_a_row_that_fails_makes_status_1(
+    form: list[str], goal: float | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        Row("1", "works", "ns", 3.0, "lower", "own", lambda b: (2.0, 1.0)),
+        Row("T5", "breaks", "ns", goal, "lower", "own", lambda b: (1 / 0, 1.0)),
+    ]
+    monkeypatch.setattr(suite, "all_rows", lambda: rows)
+    monkeypatch.setattr(history, "recorded", lambda: {"1": 2.0})
+    assert run(["bench", "--repetitions", "1", *form]) == 1
+    line = "dmakit bench: not measured: row T5 (breaks): ZeroDivisionError: division by zero\n"
+    assert capsys.readouterr().err.endswith(line)
+    assert run(["bench", "--repetitions", "1", *form, "1"]) == 0
+
+
+def test_a_recorded_row_that_is_gone_is_a_loss_of_the_short_form(
+    two_rows: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(history, "recorded", lambda: {"2a": 0.4, "2b": 0.4, "10": 4.0})
+    compiled = _core.status()["running"] == "compiled"
+    line = "dmakit bench: gross loss: row 2b: recorded, but no such row was measured\n"
+    for argv, status in (([], 1), (["2"], 1), (["10"], 0)):
+        assert run(["bench", "--short", "--repetitions", "1", *argv]) == (status if compiled else 0)
+        assert capsys.readouterr().err.endswith(line) == (compiled and status == 1)
 
 
 def test_broken_reports_are_passed_over(own_cache: Path) -> None:

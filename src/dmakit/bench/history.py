@@ -12,6 +12,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 RECORDED = Path(__file__).resolve().parents[1] / "data" / "bench_ratios.json"
 GROSS = 2.0
@@ -48,10 +49,19 @@ def earlier(report: dict[str, object], where: Path | None = None) -> dict[str, f
 
 def ratios_of(report: dict[str, object], *, goals: bool = False) -> dict[str, float]:
     """Row id to ratio, of the rows that were measured; ``goals``: without those that only inform."""
-    rows = report["rows"]
-    assert isinstance(rows, list)
-    chosen = [row for row in rows if row["ratio"] is not None and not (goals and row["goal"] is None)]
-    return {row["id"]: float(row["ratio"]) for row in chosen}
+    return {row["id"]: float(row["ratio"]) for row in rows_of(report, goals=goals) if row["ratio"] is not None}
+
+
+def rows_of(report: dict[str, object], *, goals: bool = False) -> list[dict[str, Any]]:
+    """A report's rows, those that only inform at the end; ``goals``: without them."""
+    rows, more = report["rows"], report.get("informative", [])
+    assert isinstance(rows, list) and isinstance(more, list)
+    return rows if goals else rows + more
+
+
+def errors(report: dict[str, object]) -> list[str]:
+    """A line for each row that could not be measured."""
+    return [f"row {row['id']} ({row['name']}): {row['error']}" for row in rows_of(report) if row["error"]]
 
 
 def recorded(path: Path = RECORDED) -> dict[str, float]:
@@ -63,14 +73,14 @@ def recorded(path: Path = RECORDED) -> dict[str, float]:
 
 
 def losses(report: dict[str, object], base: dict[str, float]) -> list[str]:
-    """A line for each row that lost more than a factor of GROSS against ``base``, or could not be measured."""
-    rows = report["rows"]
-    assert isinstance(rows, list)
+    """A line for each row of ``base`` that lost more than a factor of GROSS, or was not measured."""
+    rows = {row["id"]: row for row in rows_of(report, goals=True)}
     found: list[str] = []
-    for row in rows:
-        if row["id"] not in base:
+    for name, old in base.items():
+        if name not in rows:
+            found.append(f"row {name}: recorded, but no such row was measured")
             continue
-        old = base[row["id"]]
+        row = rows[name]
         if row["ratio"] is None:
             found.append(f"row {row['id']} ({row['name']}): {row['error']}")
         elif (row["ratio"] / old if row["better"] == "lower" else old / row["ratio"]) > GROSS:

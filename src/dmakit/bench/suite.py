@@ -4,7 +4,8 @@ A repetition measures the yardstick, the work, and the yardstick again; the rati
 a clock that changes or a neighbour on the machine weighs on both sides. The figures are medians over the repetitions
 (at least 9), the spread is the middle half of the ratios. One repetition before them warms up and is not counted.
 
-Rows come from the modules ``*_rows`` of this package, each a list ``ROWS``; one that is not there is left out.
+Rows come from the modules ``*_rows`` of this package, each a list ``ROWS``. In the report those with a goal are
+``rows``, those that only inform are ``informative``.
 """
 
 from __future__ import annotations
@@ -15,15 +16,14 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from statistics import median, quantiles
 
 from dmakit import _core
+from dmakit.bench import bitmap_rows, dma_rows, iommu_rows, iova_rows, nvme_rows, thread_rows, trace_rows
 from dmakit.bench.row import Bench, Row
 from dmakit.bench.yardsticks import MEASURES
 
-MODULES = ("iova_rows", "thread_rows", "iommu_rows", "dma_rows", "bitmap_rows", "nvme_rows", "trace_rows", "cli_rows")
+MODULES = (iova_rows, thread_rows, iommu_rows, dma_rows, bitmap_rows, nvme_rows, trace_rows)
 REPETITIONS = 9
 
 
@@ -50,12 +50,8 @@ class Figure:
 
 
 def all_rows() -> list[Row]:
-    """The rows of every module that is there, by id."""
-    found: list[Row] = []
-    for name in MODULES:
-        if find_spec(f"dmakit.bench.{name}") is not None:
-            found += import_module(f"dmakit.bench.{name}").ROWS
-    return sorted(found, key=order)
+    """The rows of every module, by id."""
+    return sorted((row for module in MODULES for row in module.ROWS), key=order)
 
 
 def order(row: Row) -> tuple[int, str]:
@@ -64,10 +60,15 @@ def order(row: Row) -> tuple[int, str]:
     return int(match.group()) if match else 1 << 30, row.id
 
 
+def asked(name: str, wanted: list[str]) -> bool:
+    """Whether the row of this id was asked for (``10`` takes 10a, 10b …, ``T`` all of T's); each is without a wish."""
+    ends = {wish: r"\d*[a-z]?" if wish.isalpha() else "[a-z]?" for wish in wanted}
+    return not wanted or any(re.fullmatch(re.escape(wish) + end, name) for wish, end in ends.items())
+
+
 def chosen(rows: list[Row], wanted: list[str]) -> list[Row]:
-    """The rows that were asked for by id (``10`` takes 10a, 10b …, ``T`` all of T's); all without a wish."""
-    more = {wish: r"\d*[a-z]?" if wish.isalpha() else "[a-z]?" for wish in wanted}
-    return [row for row in rows if not more or any(re.fullmatch(re.escape(w) + end, row.id) for w, end in more.items())]
+    """The rows that were asked for."""
+    return [row for row in rows if asked(row.id, wanted)]
 
 
 @contextmanager
@@ -169,5 +170,6 @@ def run(
         "core": running,
         "short": short,
         "yardsticks": limits,
-        "rows": [asdict(figure) for figure in figures],
+        "rows": [asdict(figure) for figure in figures if figure.goal is not None],
+        "informative": [asdict(figure) for figure in figures if figure.goal is None],
     }

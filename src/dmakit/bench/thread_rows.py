@@ -45,10 +45,10 @@ def elapsed(bench: Bench, threads: int, rounds: int, work: Work) -> float:
     ends: list[int] = []
 
     def run(cpu: int) -> None:
-        if bench.cores:
-            os.sched_setaffinity(0, {bench.cores[cpu % len(bench.cores)]})
-        sizes, pfns = (memoryview(array("Q", [word]) * _DEPTH) for word in (1, 0))
         try:
+            if bench.cores:
+                os.sched_setaffinity(0, {bench.cores[cpu % len(bench.cores)]})
+            sizes, pfns = (memoryview(array("Q", [word]) * _DEPTH) for word in (1, 0))
             work(cpu, sizes, pfns, 2)
             gate.wait()
             begins.append(perf_counter_ns())

@@ -13,7 +13,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help="only these rows (10 takes 10a, 10b, …)")
     parser.add_argument("--json", metavar="PATH", help="write the report as JSON too ('-': only that, to stdout)")
     parser.add_argument(
-        "--short", action="store_true", help="less work a row; status 1 only when a recorded ratio is lost by 2 times"
+        "--short", action="store_true", help="less work a row; status 1 when a recorded ratio is lost by 2 times"
     )
     parser.add_argument("--repetitions", type=int, default=9, metavar="N", help="how often each row is measured (9)")
     parser.add_argument("--core", type=int, metavar="N", help="the core to stay on (the last one)")
@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, keep; status 1 for a gross loss in the short form."""
+    """Measure, print, keep; status 1 for a row that fails, and in the short form for a gross loss."""
     from dmakit.bench import history, suite
 
     rows = suite.chosen(suite.all_rows(), args.rows)
@@ -47,12 +47,13 @@ def run(args: argparse.Namespace) -> int:
         print_report(report, before)
     write(report, args)
     history.keep(report)
-    if not args.short or report["core"] != "compiled":
-        return 0
-    lost = history.losses(report, history.recorded())
-    for line in lost:
-        print(f"dmakit bench: gross loss: {line}", file=sys.stderr)
-    return 1 if lost else 0
+    bad = [f"not measured: {line}" for line in history.errors(report)]
+    if args.short and report["core"] == "compiled":
+        base = {name: ratio for name, ratio in history.recorded().items() if suite.asked(name, args.rows)}
+        bad += [f"gross loss: {line}" for line in history.losses(report, base)]
+    for line in bad:
+        print(f"dmakit bench: {line}", file=sys.stderr)
+    return 1 if bad else 0
 
 
 def write(report: dict[str, object], args: argparse.Namespace) -> None:
@@ -68,10 +69,11 @@ def write(report: dict[str, object], args: argparse.Namespace) -> None:
 
 def print_report(report: dict[str, object], before: dict[str, float]) -> None:
     """The table for the eye."""
+    from dmakit.bench import history
     from dmakit.bench.yardsticks import NAMES
 
-    machine, yardsticks, rows = report["machine"], report["yardsticks"], report["rows"]
-    assert isinstance(machine, dict) and isinstance(yardsticks, dict) and isinstance(rows, list)
+    machine, yardsticks, rows = report["machine"], report["yardsticks"], history.rows_of(report)
+    assert isinstance(machine, dict) and isinstance(yardsticks, dict)
     print(f"{machine['processor']}, core {machine['pinned_to']}, {machine['python']}; {report['core']} core")
     if report["core"] != "compiled":
         print("The core runs interpreted: smaller sizes, Python against Python; the goals are for the compiled core.")
