@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from dmakit.platform.linux import binding, pci
 from tests.linux.worlds import EDU, NVME, host
 from tests.support.vfio.host import FakeHost
 
-DISK = f"/sys/bus/pci/devices/{NVME}/nvme/nvme0/nvme0n1/block/nvme0n1"
+CONTROLLER = f"/sys/devices/pci0000:00/{NVME}/nvme/nvme0"
+DISK = f"{CONTROLLER}/nvme0n1"  # the controller is a class device: no directory named block between
+ENOMEDIUM = 123
 
 
 def bound(driver: str = "nvme") -> FakeHost:
@@ -41,42 +44,164 @@ def test_a_device_without_a_driver_and_with_an_override_goes_back_to_that() -> N
     assert fake.overrides[NVME] == "special"
 
 
-@pytest.mark.parametrize(
-    "files, reason",
-    [
-        ({f"{DISK}/dev": "259:0", "/proc/self/mountinfo": "1 0 259:0 / /home rw - ext4 /dev/nvme0n1 rw"},
-         "nvme0n1 is mounted at /home"),
-        ({f"{DISK}/dev": "259:0", f"{DISK}/nvme0n1p2/partition": "2", f"{DISK}/nvme0n1p2/dev": "259:2",
-          "/proc/self/mountinfo": "1 0 259:2 / / rw - ext4 /dev/root rw"}, "nvme0n1p2 is mounted at /"),
-        ({f"{DISK}/holders/dm-0/x": "", "/sys/class/block/dm-0/dev": "254:0",
-          "/proc/self/mountinfo": "1 0 254:0 / /var rw - ext4 /dev/mapper/v rw"}, "dm-0 is mounted at /var"),
-        ({f"{DISK}/dev": "259:0", "/proc/swaps": "Filename Type\n/dev/nvme0n1 partition 1 0 -2"}, "nvme0n1 is swap"),
-        ({f"/sys/bus/pci/devices/{NVME}/net/eth0/flags": "0x1003"}, "network interface eth0 is up"),
-    ],
-)  # fmt: skip
-def test_what_is_in_use_is_not_taken(files: dict[str, str], reason: str) -> None:
+def world() -> FakeHost:
+    """The controller with two namespaces, the first one partitioned."""
     fake = bound()
-    fake.files.update(files)
+    for path, number in ((DISK, "259:0"), (f"{DISK}/nvme0n1p1", "259:1"), (f"{DISK}/nvme0n1p2", "259:2")):
+        fake.blocks.add(path, number)
+    fake.blocks.add(f"{CONTROLLER}/nvme0n2", "259:3")
+    return fake
+
+
+def refused(fake: FakeHost, bdf: str = NVME) -> str:
+    """What ``bind`` says; nothing has changed, and nothing is kept."""
+    claimed = list(fake.blocks.claimed)
     with pytest.raises(HostError) as caught:
-        binding.bind(fake, NVME)
-    assert str(caught.value) == f"{NVME} is in use: {reason}" and caught.value.errno_name == "EBUSY"
-    assert fake.devices[NVME].driver == "nvme" and not fake.notes and not fake.overrides
+        binding.bind(fake, bdf)
+    assert caught.value.errno_name == "EBUSY" and str(caught.value).startswith(f"{bdf} is in use: ")
+    assert fake.devices[bdf].driver == "nvme" and not fake.notes and not fake.overrides
+    assert fake.blocks.claimed == claimed and not fake.open_files
+    return str(caught.value).removeprefix(f"{bdf} is in use: ")
 
 
-def test_an_interface_that_is_down_and_an_idle_disk_may_be_taken() -> None:
+def mount(fake: FakeHost, number: str, where: str, source: str, kind: str = "ext4", *options: str) -> None:
+    """A line of mountinfo, and the claim that goes with a mounted file system."""
+    extra = "".join(f" {option}" for option in options)
+    before = fake.files.get("/proc/self/mountinfo", "21 2 0:18 / /run rw,relatime - tmpfs none rw\n")
+    fake.files["/proc/self/mountinfo"] = f"{before}22 21 {number} / {where} rw,relatime{extra} - {kind} {source} rw\n"
+
+
+@pytest.mark.parametrize("claims", (True, False), ids=("root", "claims nothing"))
+@pytest.mark.parametrize(
+    "number, name, source, kind",
+    [
+        ("259:0", "nvme0n1", "/dev/nvme0n1", "ext4"),
+        ("259:2", "nvme0n1p2", "/dev/root", "ext4"),
+        ("259:3", "nvme0n2", "/dev/nvme0n2", "xfs"),
+        ("0:41", "nvme0n1p2", "/dev/nvme0n1p2", "btrfs"),
+        ("0:41", "nvme0n1p1", "/dev/disk/by-label/home", "btrfs"),  # a link: the node's number counts
+    ],
+)
+def test_what_is_mounted_is_not_taken(number: str, name: str, source: str, kind: str, claims: bool) -> None:
+    fake = world()
+    fake.blocks.nodes["/dev/disk/by-label/home"] = "259:1"
+    mount(fake, number, "/home", source, kind, "shared:1", "master:2")
+    if claims:
+        fake.blocks.claimed.append(name)
+    assert refused(fake) == f"{name} is mounted at /home"
+    fake.files["/proc/self/mountinfo"] = ""
+    fake.blocks.claimed.clear()
+    assert binding.bind(fake, NVME).driver == "vfio-pci" and not fake.open_files
+
+
+def test_a_source_without_a_node_is_known_by_its_name_and_other_sources_are_not() -> None:
+    fake = world()
+    fake.blocks.nodes.clear()
+    mount(fake, "0:50", "/net", "nvme0n1", "nfs")
+    mount(fake, "0:41", "/home", "/dev/nvme0n1p1", "btrfs")
+    assert refused(fake) == "nvme0n1p1 is mounted at /home"
+
+
+def test_disks_of_other_buses_and_interfaces_are_found() -> None:
+    above = f"/sys/devices/pci0000:00/{NVME}"
+    for path in (
+        f"{above}/virtio3/block/vda",
+        f"{above}/host0/port-0:0/expander-0:0/port-0:0:1/expander-0:1/port-0:1:2/end_device-0:1:2"
+        "/target0:0:1/0:0:1:0/block/sda",
+        f"{above}/cciss0/c0d0/block/cciss!c0d0",
+    ):
+        fake = bound()
+        fake.blocks.add(path, "8:0")
+        name = path.rsplit("/", 1)[-1]
+        fake.blocks.nodes = {f"/dev/{name.replace('!', '/')}": "8:0"}
+        assert binding.uses(fake, NVME) == []
+        fake.blocks.claimed.append(name)
+        assert refused(fake) == f"{name} is held open exclusively"
     fake = bound()
-    fake.files.update({f"{DISK}/dev": "259:0", f"/sys/bus/pci/devices/{NVME}/net/eth0/flags": "0x1002"})
-    assert binding.uses(fake, NVME) == [] and binding.bind(fake, NVME).driver == "vfio-pci"
+    fake.blocks.links["/sys/class/net/eth0"] = f"{above}/net/eth0"
+    fake.blocks.links["/sys/class/net/lo"] = "/sys/devices/virtual/net/lo"
+    fake.files.update({f"{above}/net/eth0/flags": "0x1003", "/sys/devices/virtual/net/lo/flags": "0x9"})
+    assert refused(fake) == "network interface eth0 is up"
+    fake.files[f"{above}/net/eth0/flags"] = "0x1002"
+    assert binding.bind(fake, NVME).driver == "vfio-pci"
+
+
+def test_swap_and_what_is_stacked_on_a_disk_are_seen() -> None:
+    fake = world()
+    fake.files["/proc/swaps"] = "Filename Type Size Used Priority\n/dev/nvme0n1p1 partition 1 0 -2\n/swap file 1 0 -3"
+    assert refused(fake) == "nvme0n1p1 is swap"
+    fake.files["/proc/swaps"] = "Filename Type Size Used Priority\n"
+    fake.blocks.stack("dm-0", "254:0", f"{DISK}/nvme0n1p1", f"{DISK}/nvme0n1p2")
+    assert refused(fake) == "nvme0n1p1 is held by dm-0; nvme0n1p2 is held by dm-0"
+    fake.blocks.stack("md0", "9:0", "/sys/devices/virtual/block/dm-0")
+    mount(fake, "9:0", "/var", "/dev/md0")
+    assert refused(fake) == "md0 is mounted at /var"
+
+
+def test_a_multipath_disk_is_its_head() -> None:
+    head = "/sys/devices/virtual/nvme-subsystem/nvme-subsys3/nvme3n1"
+    fake = bound()
+    fake.blocks.add(f"{CONTROLLER}/nvme3c0n1")  # hidden: no number, no node
+    fake.blocks.add(f"/sys/devices/pci0000:00/{EDU}/nvme/nvme1/nvme3c1n1")
+    fake.blocks.add(head, "259:1")
+    fake.blocks.add(f"{head}/nvme3n1p1", "259:2")
+    fake.blocks.add("/sys/devices/virtual/nvme-subsystem/nvme-subsys2/nvme2n1", "259:5")
+    mount(fake, "259:5", "/other", "/dev/nvme2n1")
+    fake.blocks.claimed.append("nvme2n1")
+    assert binding.uses(fake, NVME) == []
+    mount(fake, "259:2", "/srv", "/dev/nvme3n1p1")
+    assert refused(fake) == "nvme3n1p1 is mounted at /srv"
+    del fake.files["/proc/self/mountinfo"]
+    fake.blocks.claimed.append("nvme3n1p1")
+    assert refused(fake) == "nvme3n1 is held open exclusively"
+    fake.blocks.claimed.remove("nvme3n1p1")
+    assert binding.bind(fake, NVME).driver == "vfio-pci"
+
+
+@pytest.mark.parametrize("held, named", [("nvme0n1", "nvme0n1"), ("nvme0n1p2", "nvme0n1p2"), ("nvme0n2", "nvme0n2")])
+def test_what_is_held_open_exclusively_is_not_taken(held: str, named: str) -> None:
+    fake = world()
+    fake.blocks.claimed.append(held)
+    assert binding.uses(fake, NVME) == []  # which only reads
+    assert refused(fake) == f"{named} is held open exclusively"
+
+
+def test_the_disks_are_claimed_until_their_driver_is_gone() -> None:
+    fake, store, claimed = world(), FakeHost.store, {}
+
+    def watched(path: str, text: str) -> None:
+        claimed[path.rsplit("/", 1)[-1]] = list(fake.blocks.claimed)
+        store(fake, path, text)
+
+    fake.store = watched  # type: ignore[method-assign]
+    binding.bind(fake, NVME)
+    assert claimed["unbind"] == claimed["driver_override"] == ["nvme0n1", "nvme0n2"] and claimed["drivers_probe"] == []
+
+
+@pytest.mark.parametrize("number", (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENXIO, errno.ENODEV, ENOMEDIUM))
+def test_a_node_that_cannot_be_opened_is_not_in_use(number: int) -> None:
+    fake = world()
+    fake.blocks.refusals["/dev/nvme0n1"] = number
+    assert binding.bind(fake, NVME).driver == "vfio-pci"
+
+
+def test_a_shortage_is_no_answer() -> None:
+    fake = world()
+    fake.blocks.refusals["/dev/nvme0n2"] = errno.EMFILE
+    with pytest.raises(HostError, match="^open"):
+        binding.bind(fake, NVME)
+    assert fake.devices[NVME].driver == "nvme" and not fake.notes and not fake.overrides and not fake.open_files
 
 
 def test_a_binding_that_fails_puts_the_driver_back() -> None:
-    for nth in range(4):
-        fake = bound()
+    for nth in range(6):  # two disks to claim, a note, three files of sysfs
+        fake = world()
         fake.fail.arm(nth)
         with pytest.raises(DmakitError):
             binding.bind(fake, NVME)
         assert fake.devices[NVME].driver == "nvme" and not fake.notes, nth
         assert fake.overrides.get(NVME, "(null)") == "(null)", nth
+        assert not fake.open_files and not fake.blocks.claimed, nth
     fake = bound()
     fake.takes = lambda device: False  # type: ignore[method-assign]
     with pytest.raises(HostError) as caught:
@@ -99,9 +224,8 @@ def test_unbind_leaves_other_drivers_alone_and_bind_needs_the_module() -> None:
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    fake = bound()
-    fake.files[f"{DISK}/dev"] = "259:0"
-    fake.files["/proc/self/mountinfo"] = "1 0 259:0 / /home rw - ext4 /dev/nvme0n1 rw"
+    fake = world()
+    mount(fake, "259:0", "/home", "/dev/nvme0n1")
     monkeypatch.setattr("dmakit.platform.linux.kernel.Kernel", lambda: fake)
     assert run(["vfio", "list", "--json", str(tmp_path / "list.json")]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -113,7 +237,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert rows[0]["uses"] == ["nvme0n1 is mounted at /home"] and rows[1]["cdev"] == "/dev/vfio/devices/vfio0"
     assert run(["vfio", "bind", "00:04.0"]) == 2
     assert capsys.readouterr().err == f"dmakit: {NVME} is in use: nvme0n1 is mounted at /home\n"
-    fake.files.clear()
+    del fake.files["/proc/self/mountinfo"]
     assert run(["vfio", "bind", "00:04.0"]) == 0 and run(["vfio", "bind", NVME]) == 0
     assert run(["vfio", "unbind", NVME]) == 0
     assert capsys.readouterr().out.splitlines() == [

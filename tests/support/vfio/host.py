@@ -10,6 +10,7 @@ from typing import Any
 from dmakit.errors import HostError
 from dmakit.platform.linux.kernel import Kernel, UserAccount, host_error
 from dmakit.platform.linux.uapi import IOCTLS
+from tests.support.vfio.blocks import Blocks
 from tests.support.vfio.container import ContainerFile
 from tests.support.vfio.devices import FakeDevice
 from tests.support.vfio.files import File, IommuFile
@@ -44,6 +45,7 @@ class FakeHost(Kernel):
         self.drivers = {"vfio-pci": True, "nvme": True}
         self.overrides: dict[str, str] = {}
         self.files: dict[str, str] = {}
+        self.blocks = Blocks(self)
         self.notes: dict[str, str] = {}
         self.next_fd = 1_000_000
         self.calls: list[str] = []
@@ -64,7 +66,7 @@ class FakeHost(Kernel):
     def is_device_memory(self, va: int) -> bool:
         return any(low <= va < high for low, high in self.bars)
 
-    def _open(self, path: str) -> File | None:
+    def _open(self, path: str, flags: int) -> File | None:
         if path == "/dev/iommu" and self.has_iommufd:
             return IommuFile(self)
         if path == "/dev/vfio/vfio" and self.has_type1:
@@ -77,7 +79,7 @@ class FakeHost(Kernel):
             if any(isinstance(f, GroupFile) and f.number == int(name) for f in self.open_files.values()):
                 raise host_error("open", errno.EBUSY, f"({path})")
             return GroupFile(self, int(name))
-        return None
+        return self.blocks.open(path, flags)
 
     def open(self, path: str, flags: int = os.O_RDWR) -> int:
         if not path.startswith("/dev/"):
@@ -85,7 +87,7 @@ class FakeHost(Kernel):
         self._ask("open", f"({path})")
         if not self.root:
             raise host_error("open", errno.EACCES, f"({path})")
-        file = self._open(path)
+        file = self._open(path, flags)
         if file is None:
             raise host_error("open", errno.ENOENT, f"({path})")
         return self.new_fd(file)
@@ -144,7 +146,14 @@ class FakeHost(Kernel):
         parts = path.removeprefix(f"{PCI}/devices/").split("/", 1)
         return self.devices.get(parts[0]), parts[1] if len(parts) > 1 else ""
 
+    def real(self, path: str) -> str:
+        return self.blocks.real(path)
+
+    def device_number(self, path: str) -> str:
+        return self.blocks.nodes.get(path, "")
+
     def text(self, path: str) -> str | None:
+        path = self.real(path)
         if path in self.files or path in self.notes:
             return self.files.get(path, self.notes.get(path))
         if path == "/proc/self/status" or not path.startswith(("/sys/", "/proc/", "/run/")):
@@ -178,7 +187,7 @@ class FakeHost(Kernel):
         if device is not None and what == "vfio-dev":
             here = self.has_iommufd and device.driver == "vfio-pci"
             return [f"vfio{list(self.devices).index(device.bdf)}"] if here else []
-        return sorted({name[len(path) + 1 :].split("/")[0] for name in self.files if name.startswith(f"{path}/")})
+        return self.blocks.names(path)
 
     def exists(self, path: str) -> bool:
         if path.startswith("/dev/"):
@@ -187,7 +196,7 @@ class FakeHost(Kernel):
         if path.startswith(f"{PCI}/drivers/"):
             return self.drivers.get(path.split("/")[5], False)
         device, what = self._pci(path)
-        return (device is not None and not what) or path in self.files
+        return (device is not None and not what) or self.real(path) in self.files
 
     def store(self, path: str, text: str) -> None:
         self._ask("write", f"({path})")

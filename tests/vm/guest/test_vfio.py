@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
+import os
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +25,7 @@ from dmakit.errors import ExhaustedError, HostError, MisuseError, UnsupportedErr
 from dmakit.platform.linux.kernel import Kernel
 from tests.support.sweep import descriptors
 from tests.support.vfio.conversation import talk
-from tests.vm.guest.support import LONG
+from tests.vm.guest.support import LONG, driver_of, kernel_nvme, until
 from tests.vm.guest.vfio_support import (
     BACKENDS,
     EDU,
@@ -79,6 +82,51 @@ def test_a_driver_gets_its_device_back() -> None:
         vfio.unbind(NVME)
     assert {d.bdf: d.driver for d in vfio.scan()}[NVME] == "nvme"
     subprocess.run(["modprobe", "-r", "nvme"], check=True)
+
+
+def partition(node: Path, *sizes: int) -> None:
+    """Write a partition table (or, without sizes, none) and let the kernel read it; sizes in 512-byte blocks."""
+    table, start = b"", 2048
+    for size in sizes:
+        table += struct.pack("<I4B2I", 0, 0x83, 0, 0, 0, start, size)
+        start += size
+    fd = os.open(node, os.O_RDWR)
+    try:
+        os.pwrite(fd, (bytes(446) + table.ljust(64, b"\0") + b"\x55\xaa") if sizes else bytes(512), 0)
+        os.fsync(fd)
+        fcntl.ioctl(fd, 0x125F)  # BLKRRPART
+    finally:
+        os.close(fd)
+
+
+def refused(reason: str) -> None:
+    """Binding the drive is refused for this reason, and its driver stays."""
+    with pytest.raises(HostError) as caught:
+        vfio.bind(NVME)
+    assert str(caught.value) == f"{NVME} is in use: {reason}" and caught.value.errno_name == "EBUSY"
+    assert driver_of(NVME) == "nvme" and not Path("/run/dmakit/vfio", NVME).exists()
+
+
+def test_a_drive_in_use_is_not_taken_and_one_that_is_not_is() -> None:
+    with kernel_nvme() as nodes:
+        node = nodes[NVME]
+        for partitions, held in (((), ""), ((40960, 40960), ""), ((40960, 40960), "p2")):
+            partition(node, *partitions)
+            fd = os.open(f"{node}{held}", os.O_RDONLY | os.O_EXCL)
+            try:
+                refused(f"{node.name}{held} is held open exclusively")
+            finally:
+                os.close(fd)
+        swap = f"{node}p1"
+        subprocess.run(["mkswap", swap], check=True, capture_output=True)
+        if Path("/proc/swaps").exists():
+            subprocess.run(["swapon", swap], check=True)
+            refused(f"{node.name}p1 is swap")
+            subprocess.run(["swapoff", swap], check=True)
+        partition(node)
+        assert vfio.bind(NVME).driver == "vfio-pci"
+        assert vfio.unbind(NVME).driver == "nvme"
+        until(node.exists, "the drive has its name again")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -21,6 +21,7 @@ import mmap
 import os
 import resource
 import select
+import stat
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -250,6 +251,18 @@ class Kernel:
             return Path(path).readlink().name
         except OSError:
             return ""
+
+    def real(self, path: str) -> str:
+        """The path with every symbolic link in it followed."""
+        return os.path.realpath(path)
+
+    def device_number(self, path: str) -> str:
+        """The ``major:minor`` of a block device's node, through links; empty when the path is none."""
+        try:
+            status = Path(path).stat()
+        except OSError:
+            return ""
+        return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}" if stat.S_ISBLK(status.st_mode) else ""
 
     def exists(self, path: str) -> bool:
         """Whether there is such a file."""
