@@ -11,6 +11,7 @@ import pytest
 from dmakit.cli.main import run
 from dmakit.errors import DmakitError, HostError
 from dmakit.platform.linux import binding, pci
+from dmakit.platform.linux.kernel import Kernel
 from tests.linux.worlds import EDU, NVME, host
 from tests.support.vfio.host import FakeHost
 
@@ -65,7 +66,7 @@ def refused(fake: FakeHost, bdf: str = NVME) -> str:
 
 
 def mount(fake: FakeHost, number: str, where: str, source: str, kind: str = "ext4", *options: str) -> None:
-    """A line of mountinfo, and the claim that goes with a mounted file system."""
+    """A line of mountinfo."""
     extra = "".join(f" {option}" for option in options)
     before = fake.files.get("/proc/self/mountinfo", "21 2 0:18 / /run rw,relatime - tmpfs none rw\n")
     fake.files["/proc/self/mountinfo"] = f"{before}22 21 {number} / {where} rw,relatime{extra} - {kind} {source} rw\n"
@@ -158,12 +159,12 @@ def test_a_multipath_disk_is_its_head() -> None:
     assert binding.bind(fake, NVME).driver == "vfio-pci"
 
 
-@pytest.mark.parametrize("held, named", [("nvme0n1", "nvme0n1"), ("nvme0n1p2", "nvme0n1p2"), ("nvme0n2", "nvme0n2")])
-def test_what_is_held_open_exclusively_is_not_taken(held: str, named: str) -> None:
+@pytest.mark.parametrize("held", ("nvme0n1", "nvme0n1p2", "nvme0n2"))
+def test_what_is_held_open_exclusively_is_not_taken(held: str) -> None:
     fake = world()
     fake.blocks.claimed.append(held)
     assert binding.uses(fake, NVME) == []  # which only reads
-    assert refused(fake) == f"{named} is held open exclusively"
+    assert refused(fake) == f"{held} is held open exclusively"
 
 
 def test_the_disks_are_claimed_until_their_driver_is_gone() -> None:
@@ -183,6 +184,15 @@ def test_a_node_that_cannot_be_opened_is_not_in_use(number: int) -> None:
     fake = world()
     fake.blocks.refusals["/dev/nvme0n1"] = number
     assert binding.bind(fake, NVME).driver == "vfio-pci"
+
+
+def test_links_and_nodes_of_the_real_kernel(tmp_path: Path) -> None:
+    kernel, link = Kernel(), tmp_path / "link"
+    link.symlink_to("/dev")
+    assert kernel.real(f"{link}/null") == "/dev/null"
+    assert [kernel.device_number(path) for path in (f"{link}/null", "/dev/not-there", str(tmp_path))] == ["", "", ""]
+    for name in kernel.names("/sys/class/block"):
+        assert kernel.device_number(f"/dev/{name}") in ("", kernel.text(f"/sys/class/block/{name}/dev"))
 
 
 def test_a_shortage_is_no_answer() -> None:

@@ -118,8 +118,8 @@ def test_a_drive_in_use_is_not_taken_and_one_that_is_not_is() -> None:
             finally:
                 os.close(fd)
         swap = f"{node}p1"
-        subprocess.run(["mkswap", swap], check=True, capture_output=True)
-        if Path("/proc/swaps").exists():
+        if Path("/proc/swaps").exists():  # Debian's kernel has swap, the small one has not
+            subprocess.run(["mkswap", swap], check=True, capture_output=True)
             subprocess.run(["swapon", swap], check=True)
             refused(f"{node.name}p1 is swap")
             subprocess.run(["swapoff", swap], check=True)
