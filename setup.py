@@ -15,7 +15,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -55,6 +57,7 @@ CALLERS = {
     "dmakit.trace.timeline",
 }
 SHARED = "dmakit._cyutility"
+ZIG = "ziglang"
 DIRECTIVES = {
     "language_level": 3,
     "boundscheck": False,
@@ -193,4 +196,18 @@ class BuildCore(build_ext):
                 old.unlink()
 
 
-setup(ext_modules=extensions() if wanted() else [], cmdclass={"build_ext": BuildCore})
+def lacking() -> list[str]:
+    """What pip or uv must add to this build's environment before it can begin: ``ziglang`` when it is the compiler."""
+    zig = os.environ.get("DMAKIT_BUILD") == "zig" and find_spec(ZIG) is None
+    return [ZIG] if zig and "setuptools.build_meta" in sys.modules else []
+
+
+def refuse(attributes: object) -> NoReturn:
+    """In place of a distribution, where what was asked for has not come: a build without isolation."""
+    raise SystemExit(f"DMAKIT_BUILD=zig: this environment has no {ZIG}; install it there, or build with isolation")
+
+
+if missing := lacking():
+    setup(setup_requires=missing, distclass=refuse)  # asked for its requirements, the build backend reads no further
+else:
+    setup(ext_modules=extensions() if wanted() else [], cmdclass={"build_ext": BuildCore})

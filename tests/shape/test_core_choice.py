@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,22 @@ def test_a_build_that_must_compile_says_why_it_cannot(checkout: Path) -> None:
     )
     assert run.returncode != 0
     assert "DMAKIT_BUILD=compiled: no working C compiler with the Python headers was found" in run.stderr
+
+
+@pytest.mark.skipif(find_spec("ziglang") is not None, reason="ziglang is installed here: it need not be asked for")
+def test_an_isolated_build_with_zig_asks_for_ziglang(checkout: Path) -> None:
+    """pip and uv install what the backend asks for and begin again; without isolation nothing can be added."""
+    code = """
+from setuptools import build_meta
+print("asked for", build_meta.get_requires_for_build_editable())
+import setuptools
+setuptools._install_setup_requires = lambda attributes: None  # as if it had been fetched to another place
+build_meta.build_wheel(".")
+"""
+    env = {**os.environ, "DMAKIT_BUILD": "zig"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=checkout, env=env, capture_output=True, text=True, check=False
+    )
+    assert "asked for ['ziglang']\n" in run.stdout, run.stderr
+    text = "DMAKIT_BUILD=zig: this environment has no ziglang; install it there, or build with isolation"
+    assert (run.returncode, run.stderr.strip()) == (1, text)
