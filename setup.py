@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -75,9 +74,7 @@ def compiler() -> str:
     if os.environ.get("DMAKIT_BUILD") == "zig":
         command = f"{sys.executable} -m ziglang cc -mcpu=baseline"  # its default is the processor of this machine
     else:
-        command = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
-        if shutil.which(command.split()[0]) is None:
-            command = "cc" if not os.environ.get("CC") and shutil.which("cc") else ""
+        command = CORE["c_compiler"]()
     if not command:
         return ""
     with tempfile.TemporaryDirectory() as folder:

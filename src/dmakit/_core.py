@@ -228,6 +228,34 @@ def install() -> None:
         sys.meta_path.insert(0, _CoreFinder(requested()))
 
 
+def c_compiler() -> str:
+    """The C compiler's command, as the build looks for it: $CC, else this Python's own, else cc; '' without one."""
+    import shutil
+    import sysconfig
+
+    own = os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc"
+    if shutil.which(own.split()[0]) is not None:
+        return str(own)
+    return "cc" if not os.environ.get("CC") and shutil.which("cc") else ""
+
+
+def python_headers() -> bool:
+    """Whether the headers of this Python are installed."""
+    import sysconfig
+
+    return Path(sysconfig.get_paths()["include"], "Python.h").exists()
+
+
+def why_not_compiled() -> str:
+    """Why no compiled module is here, and how to get them."""
+    if c_compiler() and python_headers():
+        return f"no compiled module is installed; build them with: {REBUILD}"
+    return (
+        "no C compiler with Python headers was found; "
+        f"get one (apt install gcc python3-dev) or set DMAKIT_BUILD=zig, then: {REBUILD}"
+    )
+
+
 def status() -> dict[str, object]:
     """What ``dmakit doctor`` shows: the request, the form that runs, and why."""
     choice = requested()
@@ -238,7 +266,7 @@ def status() -> dict[str, object]:
     if choice == "python":
         running, why = "python", "DMAKIT_CORE=python"
     elif not built:
-        running, why = "python", f"no compiled module is installed; build them with: {REBUILD}"
+        running, why = "python", why_not_compiled()
     elif missing:
         running, why = "mixed", f"{len(missing)} of {len(COMPILED_MODULES)} modules are not compiled"
     else:

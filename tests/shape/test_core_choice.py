@@ -125,3 +125,22 @@ build_meta.build_wheel(".")
     assert "asked for ['ziglang']\n" in run.stdout, run.stderr
     text = "DMAKIT_BUILD=zig: this environment has no ziglang; install it there, or build with isolation"
     assert (run.returncode, run.stderr.strip()) == (1, text)
+
+
+@pytest.mark.parametrize("lacking", ["CC", "PATH"])
+def test_without_a_compiler_the_one_line_says_so_and_how_to_get_one(checkout: Path, lacking: str) -> None:
+    drop_compiled(checkout)
+    code = "from dmakit.cli.main import run; run(['doctor', '--one-line'])"
+    where = {"CC": "/nonexistent"} if lacking == "CC" else {"CC": "", "PATH": "/nonexistent"}
+    assert python(code, checkout, DMAKIT_CORE="", **where).stdout == (
+        "dmakit: python core (no C compiler with Python headers was found; "
+        "get one (apt install gcc python3-dev) or set DMAKIT_BUILD=zig, then: ./dmakit build)\n"
+    )
+
+
+def test_with_a_compiler_the_one_line_names_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_core, "c_compiler", lambda: "cc")
+    monkeypatch.setattr(_core, "python_headers", lambda: True)
+    assert _core.why_not_compiled() == "no compiled module is installed; build them with: ./dmakit build"
+    monkeypatch.setattr(_core, "python_headers", lambda: False)
+    assert _core.why_not_compiled().startswith("no C compiler with Python headers was found; get one")

@@ -6,10 +6,8 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
-import sysconfig
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,11 +29,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def compiler() -> str:
     """First line of the C compiler's version, or an empty string."""
-    command = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
-    found = shutil.which(command) or shutil.which("cc")
-    if found is None:
+    command = _core.c_compiler()
+    if not command:
         return ""
-    run = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    run = subprocess.run([command.split()[0], "--version"], capture_output=True, text=True, check=False)
     return run.stdout.splitlines()[0] if run.returncode == 0 and run.stdout else ""
 
 
@@ -57,7 +54,6 @@ def host_findings() -> list[Finding]:
 
 def report() -> dict[str, object]:
     """What ``doctor`` shows of this installation."""
-    headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
     return {
         "dmakit": dmakit.__version__,
         "core": _core.status(),
@@ -65,7 +61,7 @@ def report() -> dict[str, object]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "compiler": compiler() or None,
-        "python_headers": headers,
+        "python_headers": _core.python_headers(),
         "packages": {name: version_of(name) for name in PACKAGES},
     }
 
