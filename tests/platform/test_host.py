@@ -20,6 +20,8 @@ INTEL = {"sys/class/iommu/dmar0/intel-iommu/ecap": "f00f4a\n"}
 ECAP_ALL = f"{1 << 3 | 1 << 43 | 1 << 45:x}\n"
 AMD = {"sys/class/iommu/ivhd0/amd-iommu/features": f"{1 << 49 | 1 << 52:x}:0\n"}
 PCI = "sys/bus/pci/drivers/vfio-pci"
+THP = "sys/kernel/mm/transparent_hugepage"
+RESERVE = "echo 512 > /proc/sys/vm/nr_hugepages (1 GiB in 2 MiB pages)"
 
 
 @dataclass
@@ -235,21 +237,38 @@ ROWS: list[tuple[Probe, dict[str, str], int, Finding]] = [
             "sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages": "8\n",
             "sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages": "3\n",
             "sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages": "0\n",
-            "sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never\n",
+            f"{THP}/shmem_enabled": "always within_size [advise] never deny force\n",
         },
         0,
-        Finding("huge pages", YES, "3 of 8 x 2048kB free; transparent: madvise"),
+        Finding("huge pages", YES, "3 of 8 x 2048kB free; transparent, shared memory: advise"),
     ),
     (
         host.huge_pages,
-        {"sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]\n"},
+        {
+            f"{THP}/enabled": "[always] madvise never\n",
+            f"{THP}/shmem_enabled": "always within_size advise [never] deny force\n",
+            f"{THP}/hugepages-2048kB/shmem_enabled": "always [inherit] within_size advise never\n",
+        },
         0,
         Finding(
-            "huge pages",
-            NO,
-            "none reserved; transparent: never",
-            "echo 512 > /proc/sys/vm/nr_hugepages (1 GiB in 2 MiB pages)",
+            "huge pages", NO, "none reserved; transparent, shared memory: never", f"echo advise > /{THP}/shmem_enabled"
         ),
+    ),
+    (
+        host.huge_pages,
+        {
+            f"{THP}/enabled": "always madvise [never]\n",
+            f"{THP}/shmem_enabled": "always within_size advise [never] deny force\n",
+            f"{THP}/hugepages-2048kB/shmem_enabled": "always inherit within_size [advise] never\n",
+        },
+        0,
+        Finding("huge pages", PART, "none reserved; transparent, shared memory: advise", RESERVE),
+    ),
+    (
+        host.huge_pages,
+        {f"{THP}/enabled": "[always] madvise never\n"},
+        0,
+        Finding("huge pages", NO, "none reserved; no transparent ones for shared memory", RESERVE),
     ),
     (
         host.memlock,

@@ -18,6 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from dmakit.platform.huge_pages import shared_huge
+
 YES, NO, PART = "yes", "no", "partly"
 _INTEL_IR, _INTEL_SMTS, _INTEL_SLADS = 3, 43, 45  # bits of VT-d's extended capability register
 _AMD_HASUP, _AMD_HDSUP = 49, 52  # bits of AMD-Vi's extended feature register
@@ -252,20 +254,20 @@ def vfio_devices(host: Host) -> Finding:
 
 
 def huge_pages(host: Host) -> Finding:
-    """Reserved huge pages and transparent ones."""
+    """Reserved huge pages, and the transparent ones of shared memory, of which a machine's RAM is."""
     base, found = "sys/kernel/mm/hugepages", []
     for name in host.entries(base):
         total, free = (host.text(f"{base}/{name}/{file}") for file in ("nr_hugepages", "free_hugepages"))
         if total.isdigit() and int(total):
             found.append(f"{free} of {total} x {name.removeprefix('hugepages-')} free")
-    modes = re.search(r"\[(\w+)\]", host.text("sys/kernel/mm/transparent_hugepage/enabled"))
-    transparent = f"transparent: {modes[1]}" if modes else "no transparent ones"
+    shared = shared_huge(host.text)
+    transparent = (
+        f"transparent, shared memory: {shared.mode}" if shared.mode else "no transparent ones for shared memory"
+    )
     remedy = "echo 512 > /proc/sys/vm/nr_hugepages (1 GiB in 2 MiB pages)"
     if found:
         return Finding("huge pages", YES, f"{', '.join(found)}; {transparent}")
-    if modes and modes[1] != "never":
-        return Finding("huge pages", PART, f"none reserved; {transparent}", remedy)
-    return Finding("huge pages", NO, f"none reserved; {transparent}", remedy)
+    return Finding("huge pages", PART if shared.given else NO, f"none reserved; {transparent}", shared.remedy or remedy)
 
 
 def memlock(host: Host) -> Finding:

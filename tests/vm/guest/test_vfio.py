@@ -25,7 +25,7 @@ from dmakit.errors import ExhaustedError, HostError, MisuseError, UnsupportedErr
 from dmakit.platform.linux.kernel import Kernel
 from tests.support.sweep import descriptors
 from tests.support.vfio.conversation import talk
-from tests.vm.guest.support import LONG, driver_of, kernel_nvme, until
+from tests.vm.guest.support import LONG, driver_of, kernel_nvme, traced, until
 from tests.vm.guest.vfio_support import (
     BACKENDS,
     EDU,
@@ -350,22 +350,56 @@ def test_the_containers_limit() -> None:
         limit.write_text(before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("huge", ("none", "thp", "hugetlb"))
-def test_huge_pages_are_mapped_as_such(backend: str, huge: str) -> None:
-    pages = Path("/proc/sys/vm/nr_hugepages")
-    if huge == "hugetlb":
-        pages.write_text("8")
+@contextmanager
+def host_gives(reserved: int, shared: str) -> Iterator[None]:
+    """Reserved huge pages, and the transparent ones of shared memory, for the block."""
+    pages, mode = Path("/proc/sys/vm/nr_hugepages"), Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    before = re.search(r"\[(\w+)\]", mode.read_text())
+    assert before
+    pages.write_text(str(reserved))
+    mode.write_text(shared)
     try:
-        with taken(backend, huge=huge) as (machine, device, port):
-            assert machine.space.huge in (huge, "none")
-            block = machine.buffer("2M", order=9)
-            block.write(1 << 20, b"in the middle")
-            addr = device.dma.map_phys(*block.ranges[0], BOTH)
-            assert port.read(addr + (1 << 20), 13) == b"in the middle"
-            device.dma.unmap_phys(addr, 2 << 20, BOTH)
+        yield
     finally:
+        mode.write_text(before[1])
         pages.write_text("0")
+
+
+def transparent() -> int:
+    """Bytes of shared memory that are transparent huge pages, in the whole guest."""
+    found = re.search(r"^ShmemHugePages:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1]) << 10
+
+
+def largest(lines: list[str], iova: int) -> int:
+    """The largest page that the IOMMU driver was given in [iova, iova + 2 MiB), as iommu/map tells it."""
+    told = [re.search(r"iova=(\w+) - \w+ paddr=\w+ size=(\d+)", line) for line in lines]
+    return max(int(one[2]) for one in told if one and iova <= int(one[1], 16) < iova + (2 << 20))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "huge, shared, found", (("none", "never", "none"), ("thp", "never", "none"), ("thp", "advise", "thp"),
+                            ("auto", "always", "thp"), ("hugetlb", "never", "hugetlb"))
+)  # fmt: skip
+def test_huge_pages_are_mapped_as_such(backend: str, huge: str, shared: str, found: str) -> None:
+    with (
+        host_gives(8 if huge == "hugetlb" else 0, shared),
+        traced("iommu/map") as lines,
+        taken(backend, huge=huge) as (machine, device, port),
+    ):
+        assert machine.space.huge == found
+        for touched in (True, False):
+            block, before = machine.buffer("2M", order=9), transparent()
+            if touched:
+                block.write(1 << 20, b"in the middle")
+            addr = device.dma.map_phys(*block.ranges[0], BOTH)
+            assert transparent() - before == (2 << 20 if found == "thp" else 0)
+            assert found == "none" or largest(lines(), addr) >= 2 << 20  # small pages may lie side by side
+            if touched:
+                assert port.read(addr + (1 << 20), 13) == b"in the middle"
+            device.dma.unmap_phys(addr, 2 << 20, BOTH)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

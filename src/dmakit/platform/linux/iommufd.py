@@ -90,8 +90,13 @@ class Iommufd:
             return sorted((int(spans[2 * i]), int(spans[2 * i + 1])) for i in range(count))
 
     def map_memory(self, ioas: int, iova: int, piece: Piece, flags: int) -> None:
-        """Map a piece of RAM or of a caller's memory: as a file where there is one, else by address."""
+        """Map a piece of RAM or of a caller's memory: as a file where there is one, else by address.
+
+        A file's pages that nobody touched yet are allocated without regard to madvise: they would become small ones.
+        """
         if piece.memory.fd >= 0 and self.maps_files:
+            for block in range(piece.va // HUGE_PAGE * HUGE_PAGE, piece.va + piece.size, HUGE_PAGE):
+                self.kernel.touch(max(block, piece.va))
             start = piece.memory.fd_offset + piece.offset
             try:
                 self.map_file(ioas, iova, piece.memory.fd, start, piece.size, flags)

@@ -30,6 +30,7 @@ from typing import Any
 
 from dmakit.errors import HostError
 from dmakit.failpoint import FailPoint
+from dmakit.platform.huge_pages import shared_huge
 from dmakit.platform.linux.uapi import IOCTLS
 
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
@@ -192,8 +193,13 @@ class Kernel:
         return bool(self._mremap(address, 0, size, MREMAP_MAYMOVE | MREMAP_FIXED, target) == target)
 
     def prefer_huge(self, address: int, size: int) -> bool:
-        """Ask for transparent huge pages; False when the host has none for such memory."""
-        return bool(self._madvise(address, size, MADV_HUGEPAGE) == 0)
+        """Ask for transparent huge pages in shared memory; False when the host gives none."""
+        given = shared_huge(lambda path: self.text(f"/{path}")).given
+        return bool(self._madvise(address, size, MADV_HUGEPAGE) == 0) and given
+
+    def touch(self, address: int) -> None:
+        """Read a byte, so that its page is allocated as this process's mapping asks (huge or not)."""
+        ctypes.c_ubyte.from_address(address).value  # noqa: B018
 
     # Events --------------------------------------------------------------------------------------------------
 

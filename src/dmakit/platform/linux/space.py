@@ -107,7 +107,8 @@ class SourceSpace:
     """The space of one machine: ``memory`` (as the rooms below know it) and its objects.
 
     ``ram``: bytes of RAM, a multiple of 2 MiB; ``huge``: ``hugetlb`` (the host's reserved huge pages), ``thp``
-    (transparent ones), ``none``, or ``auto`` (hugetlb when the host has enough of them free, else thp).
+    (transparent ones), ``none``, or ``auto`` (hugetlb when the host has enough of them free, else thp). The attribute
+    ``huge`` says what RAM may get: ``none`` also where the host gives shared memory no transparent ones.
     """
 
     def __init__(self, kernel: Kernel, ram: int, *, huge: str = "auto", bar_window: int, user_window: int) -> None:
