@@ -54,6 +54,7 @@ HOT = {
         "_layout",
         "_finalise",
     },
+    "dma.batch": {"_bytes"},
     "dma.window": {"_link_pieces", "_destroy"},
     "swiotlb.bounce": {"_map", "_unmap", "_sync", "_bounce", "_claim", "_contains", "_zero_pads"},
     "swiotlb.pool": {"_search", "_take", "_place", "_release", "_copy_slots"},
