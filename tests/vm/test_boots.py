@@ -48,7 +48,7 @@ PORTABLE = ("tests/memory", "tests/dma", "tests/nvme/test_controller.py")
 ON_VFIO = ("tests/dma", "tests/nvme/test_controller.py", "-m", "portable", "-k", "type1 or iommufd")
 LEVELS = ("quick", "ci", "full")
 LONGER = 6  # times that a boot of the full matrix may take
-CI_ON_DEBIAN = ("vtd-lazy", "amd")
+CI_ON_DEBIAN = ("vtd-lazy",)
 
 
 def boots() -> list[Boot]:

@@ -31,8 +31,8 @@ def ours() -> Iterator[None]:
     vfio.unbind(NVME[0])
 
 
-def compare(*words: str, status: int = 0) -> str:
-    command = ["dmakit", "compare", *words, "--platform", f"vfio:{NVME[0]}"]
+def dmakit(verb: str, *words: str, status: int = 0) -> str:
+    command = ["dmakit", verb, *words, "--platform", f"vfio:{NVME[0]}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -61,7 +61,7 @@ def check(told: dict[str, Any], table: str, backend: str, requests: int) -> None
 @pytest.mark.parametrize("workload", ["scattered pages", pytest.param("inside a page", marks=LONG)])
 def test_every_strategy_moves_every_byte(backend: str, workload: str, tmp_path: Path) -> None:
     out = tmp_path / "compare.json"
-    table = compare(WORKLOADS[workload], "--yes", "--backend", backend, "--json", str(out))
+    table = dmakit("compare", WORKLOADS[workload], "--yes", "--backend", backend, "--json", str(out))
     told = json.loads(out.read_text())
     check(told, table, backend, COUNT)
     ledgers = {row["name"]: row["ledger"] for row in told["strategies"]}
@@ -72,12 +72,24 @@ def test_every_strategy_moves_every_byte(backend: str, workload: str, tmp_path: 
         assert ledgers["two-step"]["domain_unmaps"] == COUNT  # a window a request
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_explain_says_which_way_the_driver_chose_and_what_it_measured(backend: str, tmp_path: Path) -> None:
+    out = tmp_path / "explain.json"
+    words = (f"bs=16k,iodepth=1,frag=1,n={COUNT}", "--yes", "--backend", backend)
+    text = dmakit("explain", *words, "--json", str(out))
+    told = json.loads(out.read_text())
+    paths = {(line["path"], line["reason"]): line["count"] for line in told["lines"]}
+    assert sum(paths.values()) == COUNT
+    assert paths.keys() <= {("two-step", "RENT_BELOW_PRICE"), ("registered", "RENT_ABOVE_PRICE")}
+    assert "us measured here: a window " in text and told["auto"]["costs"]["window"]
+
+
 @LONG
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_recorded_linux_runs_on_this_host(backend: str, tmp_path: Path) -> None:
     """The bundled trace of a Linux 7.2, its pages moved to pages of ours."""
     out = tmp_path / "compare.json"
-    table = compare("--yes", "--backend", backend, "--json", str(out))
+    table = dmakit("compare", "--yes", "--backend", backend, "--json", str(out))
     told = json.loads(out.read_text())
     first = told["strategies"][0]
     assert first["requests"] > 100 > first["left_out"] > 0
@@ -88,5 +100,5 @@ def test_a_recorded_linux_runs_on_this_host(backend: str, tmp_path: Path) -> Non
 def test_nothing_is_overwritten_without_a_word() -> None:
     before = Path("/sys/bus/pci/devices", NVME[0], "config").read_bytes()
     text = f"vfio:{NVME[0]}: writes on the controller's namespace 1, from block 0 on: add --yes"
-    assert compare(WORKLOADS["scattered pages"], status=2) == f"dmakit: --platform {text}\n"
+    assert dmakit("compare", WORKLOADS["scattered pages"], status=2) == f"dmakit: --platform {text}\n"
     assert Path("/sys/bus/pci/devices", NVME[0], "config").read_bytes() == before
