@@ -327,8 +327,7 @@ def test_the_limit_counts_for_two_machines_together(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_limit_on_locked_memory(backend: str) -> None:
-    call = "VFIO_IOMMU_MAP_DMA" if backend == "type1" else "IOMMU_IOAS_MAP"
-    told = f"ExhaustedError ENOMEM {call} of 0x800000 bytes"
+    told = f"ExhaustedError ENOMEM {'VFIO_IOMMU_MAP_DMA' if backend == 'type1' else 'IOMMU_IOAS_MAP'} of 0x800000 bytes"
     for who, expected in (("dmakit", told), ("kernel", "HostError ENOMEM")):
         assert as_a_user(LIMITED, backend, who).startswith(expected)
 
