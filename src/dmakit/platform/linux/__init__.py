@@ -7,13 +7,13 @@ back. The guide is ``docs/vfio.md``.
 
 from __future__ import annotations
 
+from dmakit.platform.interrupts import Interrupt, Interrupts
 from dmakit.platform.linux import binding, pci
 from dmakit.platform.linux.device import Device
-from dmakit.platform.linux.interrupts import Interrupt, Interrupts
 from dmakit.platform.linux.kernel import Kernel
 from dmakit.platform.linux.machine import Machine
-from dmakit.platform.linux.pci import PciDevice
 from dmakit.platform.linux.region import ConfigSpace, Region
+from dmakit.platform.pci import PciDevice
 
 __all__ = [
     "ConfigSpace", "Device", "Interrupt", "Interrupts", "Machine", "PciDevice", "Region", "bind", "scan", "unbind",

@@ -27,6 +27,7 @@ from contextlib import ExitStack
 from dmakit.errors import DmakitError, HostError
 from dmakit.platform.linux import pci
 from dmakit.platform.linux.kernel import Kernel
+from dmakit.platform.pci import PciDevice
 
 NOTES = "/run/dmakit/vfio"
 _BLOCK = "/sys/class/block"
@@ -122,7 +123,7 @@ def _claim_all(kernel: Kernel, bdf: str, claims: ExitStack) -> list[str]:
     return [f"{name} is held open exclusively" for name in found]
 
 
-def bind(kernel: Kernel, bdf: str) -> pci.PciDevice:
+def bind(kernel: Kernel, bdf: str) -> PciDevice:
     """Give ``bdf`` to vfio-pci; HostError (EBUSY) naming what uses it. Nothing happens when it is bound already."""
     found = pci.find(kernel, bdf)
     if found.driver == pci.VFIO_DRIVER:
@@ -153,7 +154,7 @@ def _need_driver(kernel: Kernel) -> None:
         raise HostError("this kernel has no vfio-pci driver: modprobe vfio-pci (as root), or build it in", errno.ENODEV)
 
 
-def _hand_over(kernel: Kernel, found: pci.PciDevice, claims: ExitStack) -> None:
+def _hand_over(kernel: Kernel, found: PciDevice, claims: ExitStack) -> None:
     """From its driver to vfio-pci, all noted; on an error the old driver is back.
 
     The claims end with the driver: a disk that is held keeps its name, and the next one would get another.
@@ -172,7 +173,7 @@ def _hand_over(kernel: Kernel, found: pci.PciDevice, claims: ExitStack) -> None:
         raise
 
 
-def unbind(kernel: Kernel, bdf: str) -> pci.PciDevice:
+def unbind(kernel: Kernel, bdf: str) -> PciDevice:
     """Take ``bdf`` from vfio-pci and give it back to the driver that ``bind`` noted (else to whoever wants it)."""
     found = pci.find(kernel, bdf)
     if found.driver not in (pci.VFIO_DRIVER, ""):

@@ -13,6 +13,14 @@ from dmakit.platform.linux import uapi
 from dmakit.platform.linux.kernel import Kernel
 from dmakit.platform.linux.uapi import LAYOUTS
 
+INDICES = {
+    "intx": uapi.IRQ_INTX,
+    "msi": uapi.IRQ_MSI,
+    "msix": uapi.IRQ_MSIX,
+    "err": uapi.IRQ_ERR,
+    "req": uapi.IRQ_REQ,
+}
+
 
 def vectors(kernel: Kernel, device: int, index: int) -> tuple[int, int]:
     """(vectors, flags) of an interrupt index; (0, 0) when the device has none of that kind."""
@@ -37,3 +45,27 @@ def listen(kernel: Kernel, device: int, index: int, eventfds: list[int]) -> None
     """Let vectors 0, 1, … of an index add to these eventfds from now on."""
     data = struct.pack(f"={len(eventfds)}i", *eventfds)
     set_irqs(kernel, device, index, uapi.SET_DATA_EVENTFD | uapi.SET_TRIGGER, 0, len(eventfds), data)
+
+
+class VfioIrqs:
+    """``interrupts.IrqSource``: the kernel delivers for the device behind the file ``fd``."""
+
+    def __init__(self, kernel: Kernel, fd: int) -> None:
+        self.kernel, self.fd = kernel, fd
+
+    def count(self, kind: str) -> int:
+        """Vectors that can be listened to through eventfds."""
+        there, flags = vectors(self.kernel, self.fd, INDICES[kind])
+        return there if flags & uapi.IRQ_EVENTFD else 0
+
+    def listen(self, kind: str, eventfds: list[int]) -> None:
+        """One ioctl: the kernel sets up as many vectors."""
+        listen(self.kernel, self.fd, INDICES[kind], eventfds)
+
+    def silence(self, kind: str) -> None:
+        """One ioctl: the kernel frees the vectors."""
+        set_irqs(self.kernel, self.fd, INDICES[kind], uapi.SET_DATA_NONE | uapi.SET_TRIGGER, 0, 0)
+
+    def unmask(self, kind: str, vector: int) -> None:
+        """One ioctl."""
+        set_irqs(self.kernel, self.fd, INDICES[kind], uapi.SET_DATA_NONE | uapi.SET_UNMASK, vector, 1)

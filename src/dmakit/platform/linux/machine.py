@@ -33,16 +33,17 @@ from dmakit.ledger import ROWS, Ledger
 from dmakit.memory.buffers import Buffer, allocate
 from dmakit.memory.pages import PageAllocator
 from dmakit.platform.linux import iommufd, type1
-from dmakit.platform.linux.device import Device, RealPort, prepare, ready
+from dmakit.platform.linux.device import Device, RealPort, ready
 from dmakit.platform.linux.domain import UNOBSERVED, HostDomain
 from dmakit.platform.linux.iommufd import Ioas, Iommufd, Staging
 from dmakit.platform.linux.kernel import Kernel
 from dmakit.platform.linux.limits import PinLedger
-from dmakit.platform.linux.pci import PciDevice, bus_windows
+from dmakit.platform.linux.pci import bus_windows
 from dmakit.platform.linux.space import HUGE_PAGE, RAM_START, SourceSpace
 from dmakit.platform.linux.type1 import Type1Container
 from dmakit.platform.linux.uapi import LAYOUTS
 from dmakit.platform.linux.user import UserBuffer
+from dmakit.platform.pci import PciDevice
 from dmakit.swiotlb.bounce import Swiotlb
 from dmakit.units import parse_size
 
@@ -191,9 +192,9 @@ class Machine:
             device = Device(self, info, fd, space, owns_machine)
             space.users.append(device)
             undo.callback(space.users.remove, device)
-            prepare(device)
+            device.prepare()
             undo.callback(device.notices.close)
-            device.notices.arm(fd)
+            device.notices.arm(device.irqs)
             self._reserve(space, info.bdf)
             device.dma = self._dma_device(device, options)
             undo.pop_all()

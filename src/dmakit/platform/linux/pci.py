@@ -1,66 +1,20 @@
 """PCI devices as sysfs shows them: who they are, who drives them, which IOMMU group they are in. Read only.
 
-A *BDF* is the address ``domain:bus:device.function`` in hexadecimal (``0000:01:00.0``; the domain may be left out). A
-*group* is the set of devices that the IOMMU cannot keep apart; VFIO gives out a device only when nobody else drives
+A *group* is the set of devices that the IOMMU cannot keep apart; VFIO gives out a device only when nobody else drives
 one of its group. Source: ``Documentation/ABI/testing/sysfs-bus-pci``, ``sysfs-kernel-iommu_groups``.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from dmakit.errors import HostError, InputError
+from dmakit.errors import HostError
 from dmakit.platform.linux.kernel import Kernel
+from dmakit.platform.pci import BDF, PciDevice, checked_bdf
 
 DEVICES = "/sys/bus/pci/devices"
 DRIVERS = "/sys/bus/pci/drivers"
 GROUPS = "/sys/kernel/iommu_groups"
 VFIO_DRIVER = "vfio-pci"
 _RESOURCE_MEMORY = 0x200  # IORESOURCE_MEM
-_BDF = re.compile(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])", re.IGNORECASE)
-_CLASSES = {
-    0x0100: "SCSI", 0x0101: "IDE", 0x0104: "RAID", 0x0106: "SATA", 0x0107: "SAS", 0x0108: "NVMe",
-    0x0200: "Ethernet", 0x0280: "network", 0x0300: "VGA", 0x0302: "3D", 0x0403: "audio", 0x0500: "memory",
-    0x0580: "memory", 0x0600: "host bridge", 0x0601: "ISA bridge", 0x0604: "PCI bridge", 0x0680: "bridge",
-    0x0880: "system", 0x0C03: "USB", 0x0C05: "SMBus", 0x00FF: "unclassified", 0x1200: "accelerator",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PciDevice:
-    """One function: ids, class (24 bits), driver and group ('' / None when there is none), VFIO's character device."""
-
-    bdf: str
-    vendor: int
-    device: int
-    class_code: int
-    driver: str
-    group: int | None
-    cdev: str
-
-    @property
-    def kind(self) -> str:
-        """The class in a word."""
-        return _CLASSES.get(self.class_code >> 8, f"class {self.class_code:06x}")
-
-    @property
-    def is_bridge(self) -> bool:
-        """Whether it is a bridge, which does not count against a group."""
-        return self.class_code >> 16 == 0x06
-
-    def as_json(self) -> dict[str, Any]:
-        """For machines; ids as numbers."""
-        return {**asdict(self), "kind": self.kind}
-
-
-def checked_bdf(text: str) -> str:
-    """The full form of a BDF; InputError when it is none."""
-    match = _BDF.fullmatch(text.strip())
-    if match is None:
-        raise InputError(f"{text!r} is no PCI address: write domain:bus:device.function, as in 0000:01:00.0")
-    return f"{match[1] or '0000'}:{match[2]}:{match[3]}.{match[4]}".lower()
 
 
 def _number(kernel: Kernel, path: str) -> int:
@@ -114,7 +68,7 @@ def bus_windows(kernel: Kernel) -> list[tuple[int, int]]:
 
 def group_members(kernel: Kernel, group: int) -> list[PciDevice]:
     """The PCI devices of an IOMMU group."""
-    return [find(kernel, name) for name in kernel.names(f"{GROUPS}/{group}/devices") if _BDF.fullmatch(name)]
+    return [find(kernel, name) for name in kernel.names(f"{GROUPS}/{group}/devices") if BDF.fullmatch(name)]
 
 
 def strangers(kernel: Kernel, found: PciDevice) -> list[PciDevice]:

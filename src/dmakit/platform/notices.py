@@ -3,7 +3,8 @@
 vfio-pci has two interrupt indices that are not the device's. *REQ*: the device is being unbound, removed or unplugged.
 The kernel waits in its remove callback until user space closes the device, and reminds us about every ten seconds;
 until then everything works as before. *ERR*: the device reported an uncorrectable error (PCI Express AER); what it does
-and what its registers say cannot be trusted any more. Only PCI Express devices have it.
+and what its registers say cannot be trusted any more. Only PCI Express devices have it. On the software machine a test
+gives both (``soft.Function.notify``).
 
 ``Notices`` arms an eventfd for each that the device has and remembers what came: a notice is never taken back. Closing
 the device's file disarms them in the kernel, so the eventfds are closed after it.
@@ -16,38 +17,39 @@ from __future__ import annotations
 
 import errno
 import select
+from typing import TYPE_CHECKING
 
 from dmakit.errors import HostError
-from dmakit.platform.linux import uapi
-from dmakit.platform.linux.irqs import listen, vectors
-from dmakit.platform.linux.kernel import Kernel
+
+if TYPE_CHECKING:
+    from dmakit.platform.interrupts import IrqSource
+    from dmakit.platform.linux.kernel import Kernel
 
 TEXTS = {
-    uapi.IRQ_ERR: "the host reports a fatal error of the device (PCI Express AER)",
-    uapi.IRQ_REQ: "the host wants the device back (it is being unbound, removed or unplugged)",
+    "err": "the host reports a fatal error of the device (PCI Express AER)",
+    "req": "the host wants the device back (it is being unbound, removed or unplugged)",
 }
-_ERRNOS = {uapi.IRQ_REQ: errno.ENODEV, uapi.IRQ_ERR: errno.EIO}
+_ERRNOS = {"req": errno.ENODEV, "err": errno.EIO}
 
 
 class Notices:
-    """The notices about one device; ``name`` is for messages. ``heard``: the indices that came."""
+    """The notices about one device; ``name`` is for messages. ``heard``: the kinds that came."""
 
     def __init__(self, kernel: Kernel, name: str) -> None:
         self.kernel, self.name = kernel, name
-        self.heard: set[int] = set()
-        self._armed: dict[int, int] = {}
+        self.heard: set[str] = set()
+        self._armed: dict[int, str] = {}
         self._ready = select.poll()
 
-    def arm(self, device: int) -> None:
-        """Listen to what the device behind this file has of REQ and ERR; HostError leaves nothing open."""
+    def arm(self, source: IrqSource) -> None:
+        """Listen to what ``source`` has of REQ and ERR; HostError leaves nothing open."""
         try:
-            for index in TEXTS:
-                count, flags = vectors(self.kernel, device, index)
-                if count and flags & uapi.IRQ_EVENTFD:
+            for kind in TEXTS:
+                if source.count(kind):
                     fd = self.kernel.eventfd()
-                    self._armed[fd] = index
+                    self._armed[fd] = kind
                     self._ready.register(fd, select.POLLIN)
-                    listen(self.kernel, device, index, [fd])
+                    source.listen(kind, [fd])
         except BaseException:
             self.close()
             raise
@@ -56,8 +58,8 @@ class Notices:
         """The eventfds: one is readable when there is something to hear."""
         return list(self._armed)
 
-    def listen(self) -> set[int]:
-        """The indices that have come by now; never waits (one system call)."""
+    def listen(self) -> set[str]:
+        """The kinds that have come by now; never waits (one system call)."""
         for fd, _ in self._ready.poll(0):
             self.kernel.take_events(fd, 0)
             self.heard.add(self._armed[fd])
@@ -66,8 +68,8 @@ class Notices:
     def error(self) -> HostError | None:
         """What has come as an exception, ERR (EIO) before REQ (ENODEV); None when nothing has."""
         heard = self.listen()
-        index = next((index for index in TEXTS if index in heard), 0)
-        return HostError(f"{self.name}: {TEXTS[index]}", _ERRNOS[index]) if index else None
+        kind = next((kind for kind in TEXTS if kind in heard), "")
+        return HostError(f"{self.name}: {TEXTS[kind]}", _ERRNOS[kind]) if kind else None
 
     def close(self) -> None:
         """Close the eventfds; what was heard stays. A second call does nothing."""

@@ -1,24 +1,45 @@
-"""Interrupts of a VFIO device: each vector is an eventfd that the kernel adds to.
+"""Interrupts of a PCI function that this process drives: each vector is an eventfd that is added to.
 
-A device has INTx (one line, level: the kernel masks it when it fires, ``unmask`` opens it again after the device was
-served), MSI or MSI-X (vectors, edge). One of the three kinds is on at a time. ``Interrupts`` owns the eventfds of the
-kind that is on: ``wait`` on one of its vectors, or hand ``fileno()`` to an event loop.
+A function has INTx (one line, level: whoever delivers it masks it when it fires, ``unmask`` opens it again after the
+device was served), MSI or MSI-X (vectors, edge: a write to memory, which only a bus master makes). One of the three
+kinds is on at a time. ``Interrupts`` owns the eventfds of the kind that is on: ``wait`` on one of its vectors, or hand
+``fileno()`` to an event loop.
 
-Source: ``include/uapi/linux/vfio.h`` (VFIO_DEVICE_SET_IRQS).
+Who adds to the eventfds is an ``IrqSource``: the host's kernel (``linux.irqs``), or a function of the software machine
+(``soft.function``). It also delivers the two notices that are not the device's (``platform.notices``).
+
+Source: ``include/uapi/linux/vfio.h`` (VFIO_DEVICE_SET_IRQS), whose rules hold for both.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
 
 from dmakit.errors import DmakitError, MisuseError, UnsupportedError
-from dmakit.platform.linux import uapi
-from dmakit.platform.linux.irqs import listen, set_irqs, vectors
-from dmakit.platform.linux.kernel import Kernel
-from dmakit.platform.linux.notices import Notices
 
-KINDS = {"intx": uapi.IRQ_INTX, "msi": uapi.IRQ_MSI, "msix": uapi.IRQ_MSIX}
+if TYPE_CHECKING:
+    from dmakit.platform.linux.kernel import Kernel
+    from dmakit.platform.notices import Notices
+
+KINDS = ("intx", "msi", "msix")
+
+
+class IrqSource(Protocol):
+    """Who delivers the interrupts of one function. ``kind`` is one of ``KINDS``, or ``err`` or ``req``."""
+
+    def count(self, kind: str) -> int:
+        """How many vectors of a kind there are to listen to; 0 when there are none."""
+
+    def listen(self, kind: str, eventfds: list[int]) -> None:
+        """Add to these, for vectors 0, 1, …, from now on."""
+
+    def silence(self, kind: str) -> None:
+        """Switch the kind off: nothing is added any more."""
+
+    def unmask(self, kind: str, vector: int) -> None:
+        """Open a vector that masked itself when it fired."""
 
 
 class Interrupt:
@@ -48,27 +69,24 @@ class Interrupt:
 
     def unmask(self) -> None:
         """Open a line that masked itself when it fired (INTx)."""
-        owner = self.owner
-        how = uapi.SET_DATA_NONE | uapi.SET_UNMASK
-        set_irqs(owner.kernel, owner.device, owner.index, how, self.vector, 1)
+        self.owner.source.unmask(self.owner.kind, self.vector)
 
 
 class Interrupts:
-    """``count`` vectors of one ``kind`` (``msix``, ``msi``, ``intx``), on until ``close``."""
+    """``count`` vectors of one ``kind`` (``msix``, ``msi``, ``intx``), on until ``close``; ``kernel`` has eventfds."""
 
-    def __init__(self, kernel: Kernel, device: int, kind: str, count: int, notices: Notices) -> None:
+    def __init__(self, kernel: Kernel, source: IrqSource, kind: str, count: int, notices: Notices) -> None:
         if kind not in KINDS:
             raise MisuseError(f"kind={kind!r}: must be one of {', '.join(KINDS)}")
-        self.kernel, self.device, self.kind, self.index = kernel, device, kind, KINDS[kind]
-        self.notices = notices
+        self.kernel, self.source, self.kind, self.notices = kernel, source, kind, notices
         self.vectors: list[Interrupt] = []
-        there, flags = vectors(kernel, device, self.index)
-        if count < 1 or count > there or not flags & uapi.IRQ_EVENTFD:
+        there = source.count(kind)
+        if count < 1 or count > there:
             raise UnsupportedError(f"{count} {kind} vectors: the device has {there}")
         try:
             for vector in range(count):
                 self.vectors.append(Interrupt(self, vector, kernel.eventfd()))
-            listen(kernel, device, self.index, [entry.fd for entry in self.vectors])
+            source.listen(kind, [entry.fd for entry in self.vectors])
         except BaseException:
             self._close_eventfds()
             raise
@@ -86,7 +104,7 @@ class Interrupts:
         """Switch the kind off and close the eventfds; a second call does nothing."""
         if self.vectors:
             with contextlib.suppress(DmakitError):
-                set_irqs(self.kernel, self.device, self.index, uapi.SET_DATA_NONE | uapi.SET_TRIGGER, 0, 0)
+                self.source.silence(self.kind)
             self._close_eventfds()
 
     def _close_eventfds(self) -> None:
