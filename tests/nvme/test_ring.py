@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from array import array
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -190,3 +191,18 @@ def test_bad_arguments() -> None:
     both.ring.close()
     with pytest.raises(MisuseError, match=r"^this queue is closed$"):
         both.ring.submit(2, 1, *one)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [5, (), (memoryview(array("Q", [0])),), memoryview(bytes(4)).cast("B", (2, 2))],  # the last: NotImplementedError
+)
+def test_memory_that_is_no_pair_of_arrays_is_refused(wrong: Any) -> None:
+    good = (memoryview(array("Q", bytes(4096))), memoryview(array("Q", [0])))
+    options = {"sq_doorbell": 8, "cq_doorbell": 12, "bar": None, "write32": lambda at, value: None}
+    Ring(1, 2, good, good, **options)
+    for name, pairs in (("sq", (wrong, good)), ("cq", (good, wrong))):
+        ours = f"{name}: must be a pair of words and page indices$"
+        compiled = f"Argument '{name}' has incorrect type"  # what is no tuple does not reach our check there
+        with pytest.raises((MisuseError, TypeError), match=f"^(?:{ours}|{compiled})"):
+            Ring(1, 2, *pairs, **options)

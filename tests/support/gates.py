@@ -1,14 +1,16 @@
 """What a portable test leaves out, and the list of it at the end of the run.
 
 A portable test runs on every platform as it stands. Where it asks for what a platform declares not to have, ``gate``
-ends it there; the run counts it as *gated* and names it at the end with the reason. A ledger row that a platform cannot
-observe is None there: ``UNOBSERVED`` stands for it in comparisons, and the end of the run names the rows, too.
+ends it there; the run counts it as *gated* and names it at the end with the reason. The software machine lacks
+nothing: a test that is gated there fails. A ledger row that a platform cannot observe is None there: ``UNOBSERVED``
+stands for it in comparisons, and the end of the run names the rows, too.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Generator
 from typing import Any, NoReturn
 
 import pytest
@@ -51,6 +53,17 @@ def reason_of(report: Any) -> str:
     text = str(where[2] if isinstance(where, tuple) else where)
     found = re.match(rf"(?:Skipped: )?{GATE}(.*)", text, re.DOTALL)
     return found[1] if getattr(report, "skipped", False) and found else ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Gated on the software machine: a failure."""
+    report = yield
+    reason = reason_of(report)
+    if reason and _named(report)[1] == "soft":
+        report.outcome = "failed"
+        report.longrepr = f"the software machine has it all, yet {item.name} was gated: {reason}"
+    return report
 
 
 def pytest_report_teststatus(report: Any) -> tuple[str, str, str] | None:
