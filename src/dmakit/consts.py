@@ -240,3 +240,24 @@ QI_DONE = 2  # the status that Linux asks for
 QI_LENGTH = 256  # descriptors of the ring: one 4 KiB page
 QI_BATCH = 16  # descriptors that software collects before it rings the doorbell
 WHOLE_MASK = 52  # address mask of the whole space, as cache_tag_flush_range prints it
+
+# NVMe: a data pointer (command dword 0, PSDT), flags of a mapped request, its path (``nvme.iod.PATHS``), SGL or not --
+PSDT_PRP = 0
+PSDT_SGL_METABUF = 1
+PSDT_SGL_METASEG = 2
+IOD_SINGLE_SEGMENT = 1  # data: one dma_map_phys, address in the command
+IOD_SINGLE_META_SEGMENT = 2  # metadata: likewise, address in MPTR
+IOD_DATA_MAPPED = 4
+IOD_META_MAPPED = 8
+PATH_NO_DATA = 0
+PATH_MAP_PHYS = 1
+PATH_TWO_STEP = 2
+PATH_BUS = 3
+PATH_PER_SEGMENT = 4
+PATH_FAILED = 5
+PATH_EACH = 6  # from here on of the other strategies
+PATH_SG = 7
+PATH_REGISTERED = 8
+SGL_UNSUPPORTED = 0
+SGL_SUPPORTED = 1
+SGL_FORCED = 2

@@ -317,7 +317,6 @@ MANY: dict[tuple[str, str], Make] = {
     ("begin", "entries"): just(4),
     ("alloc", "size"): just(3),
     ("free_fast", "size"): just(1),
-    ("may_coalesce", "payload"): part("Payload"),
     ("merge_back", "other"): lambda w: Request(0, [(w.part("phys") + 2 * PAGE, PAGE)], sector=16),
     ("link_many", "sizes"): lambda w: words(PAGE, PAGE),
     ("link_many", "phys"): lambda w: words(w.part("phys"), w.part("phys") + PAGE),

@@ -17,9 +17,9 @@ SGL = ("tests/nvme/test_sgl.py",)
 MUTATIONS = (
     Mutation(
         "gap-mask-rule",
-        "src/dmakit/block/dma_iter.py",
-        "return payload.gap_mask & boundary == 0",
-        "return payload.gap_mask & boundary == 0 or payload.count > 2",
+        "src/dmakit/block/request.py",
+        "merge_boundary >> (self.gap_bit - 1) == 0",
+        "merge_boundary >> self.gap_bit == 0 or self.count > 2",
         ITERATOR,
     ),
     Mutation(
@@ -38,9 +38,9 @@ MUTATIONS = (
     ),
     Mutation(
         "older-rule-without-virt-boundary",
-        "src/dmakit/block/dma_iter.py",
-        "return (request.limits.virt_boundary_mask + 1) & boundary == 0",
-        "return request.limits.virt_boundary_mask & boundary == 0",
+        "src/dmakit/block/request.py",
+        "return (self.virt_boundary + 1) & merge_boundary == 0",
+        "return self.virt_boundary & merge_boundary == 0",
         ITERATOR,
     ),
     Mutation(

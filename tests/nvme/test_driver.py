@@ -9,13 +9,14 @@ import pytest
 
 from dmakit.block.request import Op, Request
 from dmakit.block.status import BlkStatus
+from dmakit.consts import PSDT_SGL_METABUF
 from dmakit.errors import DmakitError, ExhaustedError, MisuseError, UnsupportedError
 from dmakit.ledger import difference
 from dmakit.memory.buffers import Buffer
 from dmakit.nvme.driver import Done, NvmeDriver
 from dmakit.nvme.model import ControllerModel
 from dmakit.nvme.namespace import FileBacking, Namespace
-from dmakit.nvme.spec import PSDT_SGL_METABUF, Status
+from dmakit.nvme.spec import Status
 from dmakit.nvme.transport import ModelTransport
 from dmakit.platform.soft import Machine
 from dmakit.reasons import Reason

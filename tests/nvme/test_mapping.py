@@ -10,16 +10,27 @@ from tests.support.block_device import BlockDevice
 from dmakit.block.limits import QueueLimits
 from dmakit.block.request import Op, Request
 from dmakit.block.status import BlkStatus
-from dmakit.consts import L_BOOKKEEPING_BYTES, L_DESCRIPTORS, L_PASSES, P2P_MAP_BUS_ADDR, P2P_MAP_NOT_SUPPORTED
+from dmakit.consts import (
+    L_BOOKKEEPING_BYTES,
+    L_DESCRIPTORS,
+    L_PASSES,
+    P2P_MAP_BUS_ADDR,
+    P2P_MAP_NOT_SUPPORTED,
+    PSDT_PRP,
+    PSDT_SGL_METABUF,
+    PSDT_SGL_METASEG,
+    SGL_FORCED,
+    SGL_SUPPORTED,
+    SGL_UNSUPPORTED,
+)
 from dmakit.dma.device import Device
 from dmakit.errors import MisuseError
 from dmakit.ledger import Ledger
 from dmakit.nvme.iod import FAST_PATHS, PATHS, Iod
-from dmakit.nvme.mapping import SGL_FORCED, SGL_SUPPORTED, SGL_UNSUPPORTED, RequestMapper
+from dmakit.nvme.mapping import RequestMapper
 from dmakit.nvme.pool import LARGE_BYTES, SMALL_BYTES, DescriptorPool, PlainSource
 from dmakit.nvme.prp import PrpWalker
 from dmakit.nvme.sgl import SglWalker
-from dmakit.nvme.spec import PSDT_PRP, PSDT_SGL_METABUF, PSDT_SGL_METASEG
 from dmakit.platform.soft import Machine
 from dmakit.reasons import Reason
 

@@ -1,10 +1,25 @@
 from dmakit.block.request cimport Payload, Request
 from dmakit.block.segments cimport SegmentIter
 from dmakit.consts cimport *
+from dmakit.dma.device cimport Device
 from dmakit.dma.iova_state cimport IovaState
-from dmakit.dma.streaming cimport Streaming
+from dmakit.dma.window cimport SIZE_BITS
 
-cdef Streaming typed_device(object device, int cpu)
+cdef int _RESOURCE
+cdef int _INVAL
+cdef int _COALESCED
+cdef int _GAP_IN_MERGE_BOUNDARY
+cdef int _NO_VIRT_BOUNDARY
+cdef int _NO_IOMMU
+cdef int _IDENTITY_DOMAIN
+cdef int _IOVA_EXHAUSTED
+cdef int _P2P_BUS
+cdef int _P2P_HOST_BRIDGE
+cdef int _P2P_NOT_SUPPORTED
+
+cdef Device typed_device(object device, int cpu)
+cdef bint undo(Device own, object device, object state, unsigned long long mapped, int direction, int map_type,
+               int cpu) except -1
 
 cdef class BlkDmaIter:
     cdef readonly unsigned long long addr
@@ -16,14 +31,19 @@ cdef class BlkDmaIter:
     cdef readonly object state
     cdef readonly object device
     cdef readonly object error
-    cdef Streaming own
+    cdef Device own
     cdef readonly SegmentIter walk
     cdef readonly int direction
     cdef readonly int attrs
     cdef readonly int cpu
     cdef readonly long long bus_offset
-    cdef bint _start_window(self, Payload payload, object state) except *
-    cdef bint _link_window(self, IovaState state) except *
-    cdef bint _one(self) except *
+    cdef bint _start(self, Payload payload, object device, int direction, bint by_gap, object peer, int cpu) except -1
+    cdef bint _next(self) except -1
+    cdef unsigned long long _merge_boundary(self) except? 0
+    cdef bint _open(self, unsigned long long size) except -1
+    cdef bint _start_window(self, Payload payload) except -1
+    cdef bint _link_window(self, IovaState state) except -1
+    cdef bint _lost(self, object error) except -1
+    cdef bint _one(self) except -1
     cdef void _because(self, int reason) noexcept
-    cdef bint _classify(self, object peer) except *
+    cdef bint _classify(self, object peer) except -1

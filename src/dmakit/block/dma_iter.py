@@ -22,7 +22,7 @@ import cython
 
 from dmakit.block.device import MappingDevice, PeerMemory, Window
 from dmakit.block.status import BlkStatus, errno_to_blk_status
-from dmakit.dma.report import link_error, map_error
+from dmakit.dma.report import cut_error, link_error, map_error
 from dmakit.errors import DmakitError, MisuseError
 from dmakit.reasons import Reason
 
@@ -31,44 +31,49 @@ if not cython.compiled:
     from dmakit.block.segments import SegmentIter
     from dmakit.consts import (
         ATTR_MMIO,
+        DMA_NONE,
         P2P_MAP_BUS_ADDR,
         P2P_MAP_NONE,
         P2P_MAP_NOT_SUPPORTED,
         P2P_MAP_THRU_HOST_BRIDGE,
     )
+    from dmakit.dma.device import Device
     from dmakit.dma.iova_state import IovaState
-    from dmakit.dma.streaming import Streaming
+    from dmakit.dma.window import SIZE_BITS
 
 GAP_RULE = "gap"
 VIRT_BOUNDARY_RULE = "virt-boundary"
 RULES = (GAP_RULE, VIRT_BOUNDARY_RULE)
 
+_RESOURCE = int(BlkStatus.RESOURCE)
+_INVAL = int(BlkStatus.INVAL)
+_COALESCED = int(Reason.COALESCED)
+_GAP_IN_MERGE_BOUNDARY = int(Reason.GAP_IN_MERGE_BOUNDARY)
+_NO_VIRT_BOUNDARY = int(Reason.NO_VIRT_BOUNDARY)
+_NO_IOMMU = int(Reason.NO_IOMMU)
+_IDENTITY_DOMAIN = int(Reason.IDENTITY_DOMAIN)
+_IOVA_EXHAUSTED = int(Reason.IOVA_EXHAUSTED)
+_P2P_BUS = int(Reason.P2P_BUS)
+_P2P_HOST_BRIDGE = int(Reason.P2P_HOST_BRIDGE)
+_P2P_NOT_SUPPORTED = int(Reason.P2P_NOT_SUPPORTED)
 
-def may_coalesce(request: Request, payload: Payload, boundary: int, rule: str = GAP_RULE) -> bool:
-    """Whether the rule allows one window for ``payload``, given the device's merge boundary (a mask).
 
-    ``gap`` (Linux 6.19 and later): no bit of the payload's gap mask lies inside the boundary. ``virt-boundary``
-    (6.17 and 6.18): the queue's virtual boundary is at least as wide. A boundary of 0 forbids nothing here:
-    without an IOMMU the window cannot be allocated.
+def gap_rule(rule: str) -> bool:
+    """Which of the two rules ``rule`` names: whether it is ``gap``.
+
+    ``gap`` (Linux 6.19 and later): a request gets a window when no bit of its gap mask lies inside the device's merge
+    boundary. ``virt-boundary`` (6.17 and 6.18): when its queue's virtual boundary is at least as wide. A merge boundary
+    of 0 forbids nothing here: without an IOMMU the window cannot be allocated.
     """
-    if rule == GAP_RULE:
-        return payload.gap_mask & boundary == 0
-    if rule == VIRT_BOUNDARY_RULE:
-        return (request.limits.virt_boundary_mask + 1) & boundary == 0
-    raise MisuseError(f"rule={rule!r}: must be one of {', '.join(RULES)}")
+    if rule not in RULES:
+        raise MisuseError(f"rule={rule!r}: must be one of {', '.join(RULES)}")
+    return rule == GAP_RULE
 
 
-def _without_window(device: MappingDevice) -> int:
-    """Why a device gave no window."""
-    if device.translating:
-        return int(Reason.IOVA_EXHAUSTED)
-    return int(Reason.IDENTITY_DOMAIN if device.identity else Reason.NO_IOMMU)
-
-
-def typed_device(device: MappingDevice, cpu: cython.int) -> Streaming | None:
+def typed_device(device: MappingDevice, cpu: cython.int) -> Device | None:
     """The device, when its typed internals may be called: one of ours, no checker watches, ``cpu`` exists."""
-    own: Streaming
-    if not isinstance(device, Streaming):
+    own: Device
+    if not isinstance(device, Device):
         return None
     own = device
     return own if own.checker is None and 0 <= cpu < own.ledger.cpus else None
@@ -87,10 +92,10 @@ class BlkDmaIter:
         self.walk = SegmentIter()
         self.state: Window | None = None
         self.device: MappingDevice | None = None
-        self.own: Streaming | None = None
+        self.own: Device | None = None
         self.error: DmakitError | None = None
-        self.status = int(BlkStatus.OK)
-        self.reason = int(Reason.NONE)
+        self.status = 0
+        self.reason = 0
         self.map_type = P2P_MAP_NONE
         self.addr = 0
         self.len = 0
@@ -108,42 +113,86 @@ class BlkDmaIter:
         integrity: bool = False,
         rule: str = GAP_RULE,
         peer: PeerMemory | None = None,
+        cpu: int | None = None,
     ) -> bool:
-        """Map the first range of the data (or integrity) payload; False with ``status`` OK when there is none."""
+        """Map the first range of the data (or integrity) payload; False with ``status`` OK when there is none.
+
+        ``rule``: see ``gap_rule``; ``cpu``: who maps (default: the CPU that submits the request).
+        """
         payload: Payload = request.integrity if integrity else request.data
+        on: int = request.cpu if cpu is None else cpu
+        return bool(self._start(payload, device, request.direction, gap_rule(rule), peer, on))
+
+    def _start(
+        self,
+        payload: Payload,
+        device: MappingDevice,
+        direction: cython.int,
+        by_gap: cython.bint,
+        peer: PeerMemory | None,
+        cpu: cython.int,
+    ) -> cython.bint:
+        """``start`` with checked arguments."""
         self.device = device
         self.state = None
         self.error = None
-        self.status = int(BlkStatus.OK)
-        self.reason = int(Reason.NONE)
+        self.status = 0
+        self.reason = 0
         self.map_type = P2P_MAP_NONE
         self.mapped = 0
         self.attrs = 0
         self.bus_offset = 0
-        self.direction = request.direction
-        self.cpu = request.cpu
-        self.own = typed_device(device, self.cpu)
+        self.direction = direction
+        self.cpu = cpu
+        self.own = typed_device(device, cpu)
         payload._iterate(self.walk)
         if not self.walk._next():
             return False
         if peer is not None and not self._classify(peer):
             return False
         if self.map_type != P2P_MAP_BUS_ADDR:
-            if may_coalesce(request, payload, device.merge_boundary, rule):
-                state = device.try_alloc(self.walk.paddr, payload.size, cpu=self.cpu)
-                if state:
-                    return self._start_window(payload, state)
-                self._because(_without_window(device))
-            else:
-                gap = rule == GAP_RULE
-                self._because(int(Reason.GAP_IN_MERGE_BOUNDARY if gap else Reason.NO_VIRT_BOUNDARY))
+            if not payload._may_coalesce(self._merge_boundary(), by_gap):
+                self._because(_GAP_IN_MERGE_BOUNDARY if by_gap else _NO_VIRT_BOUNDARY)
+            elif self._open(payload.size):
+                return self._start_window(payload)
         return self._one()
 
     def next(self) -> bool:
         """Map the next segment of a request that was not coalesced; False at the end or on failure."""
+        return bool(self._next())
+
+    def _next(self) -> cython.bint:
         if self.state is not None or not self.walk._next():
             return False
         return self._one()
+
+    def _merge_boundary(self) -> cython.ulonglong:
+        """``dma_get_merge_boundary``."""
+        device = self.device
+        if self.own is not None:
+            return self.own.granule_mask if self.own.translating else 0
+        assert device is not None
+        return device.merge_boundary
+
+    def _open(self, size: cython.ulonglong) -> cython.bint:
+        """A window for the whole payload in ``state``; False, with the reason, when the device gives none."""
+        device = self.device
+        assert device is not None
+        if self.own is not None:
+            window: IovaState = self.own._opened(self.walk.paddr, size, self.cpu)
+            if window.live:
+                self.state = window
+                return True
+        else:
+            state = device.try_alloc(self.walk.paddr, size, cpu=self.cpu)
+            if state:
+                self.state = state
+                return True
+        if device.translating if self.own is None else self.own.translating:
+            self._because(_IOVA_EXHAUSTED)
+        else:
+            self._because(_IDENTITY_DOMAIN if device.identity else _NO_IOMMU)
+        return False
 
     def _because(self, reason: cython.int) -> cython.void:
         """Record why; a peer-to-peer decision made before stands."""
@@ -156,26 +205,28 @@ class BlkDmaIter:
         self.map_type = int(peer.map_type(self.walk.paddr))
         self.bus_offset = peer.bus_offset
         if self.map_type == P2P_MAP_BUS_ADDR:
-            self.reason = int(Reason.P2P_BUS)
+            self.reason = _P2P_BUS
         elif self.map_type == P2P_MAP_THRU_HOST_BRIDGE:
-            self.reason = int(Reason.P2P_HOST_BRIDGE)
+            self.reason = _P2P_HOST_BRIDGE
             self.attrs = ATTR_MMIO
         elif self.map_type != P2P_MAP_NONE:
             self.map_type = P2P_MAP_NOT_SUPPORTED
-            self.reason = int(Reason.P2P_NOT_SUPPORTED)
-            self.status = int(BlkStatus.INVAL)
+            self.reason = _P2P_NOT_SUPPORTED
+            self.status = _INVAL
             return False
         return True
 
-    def _start_window(self, payload: Payload, state: Window) -> cython.bint:
+    def _start_window(self, payload: Payload) -> cython.bint:
         """Link every segment into the window and sync once; on failure destroy it with what was linked."""
         walk: SegmentIter = self.walk
         mapped: cython.ulonglong = 0
-        self.addr = state.addr
+        state: Window | None = self.state
+        assert state is not None
         self.len = payload.size
-        self._because(int(Reason.COALESCED))
+        self._because(_COALESCED)
         if isinstance(state, IovaState) and state.core.checker is None:
             return self._link_window(state)
+        self.addr = state.addr
         try:
             while True:
                 state.link(walk.paddr, mapped, walk.size, self.direction, self.attrs)
@@ -185,18 +236,23 @@ class BlkDmaIter:
             state.sync(0, mapped)
         except DmakitError as error:
             state.destroy(mapped, self.direction, self.attrs)
-            self.error = error
-            self.status = int(errno_to_blk_status(error.errno))
-            return False
-        self.state = state
+            return self._lost(error)
         self.mapped = mapped
         return True
+
+    def _lost(self, error: DmakitError) -> cython.bint:
+        """The window is gone again; False."""
+        self.state = None
+        self.error = error
+        self.status = int(errno_to_blk_status(error.errno))
+        return False
 
     def _link_window(self, state: IovaState) -> cython.bint:
         """The rest of ``_start_window`` for a window of the machine's own: no Python call a segment."""
         walk: SegmentIter = self.walk
         mapped: cython.ulonglong = 0
         failed: cython.int
+        self.addr = state.addr
         while True:
             failed = state._link(walk.paddr, mapped, walk.size, self.direction, self.attrs, state.cpu)
             if failed != 0:
@@ -209,12 +265,9 @@ class BlkDmaIter:
                 state.core, int(failed), int(walk.paddr), int(mapped), int(walk.size), self.direction, self.attrs
             )
             state.destroy(mapped, self.direction, self.attrs)
-            self.error = error
-            self.status = int(errno_to_blk_status(error.errno))
-            return False
+            return self._lost(error)
         state._sync(0, mapped, state.cpu)
         state._note_run(mapped, self.direction, self.attrs)
-        self.state = state
         self.mapped = mapped
         return True
 
@@ -226,7 +279,7 @@ class BlkDmaIter:
             self.addr = self.own._map_phys(self.walk.paddr, self.walk.size, self.direction, self.attrs, self.cpu)
             if self.addr == 0:
                 self.error = map_error(self.own, int(self.walk.paddr), int(self.walk.size), int(self.attrs))
-                self.status = int(BlkStatus.RESOURCE)
+                self.status = _RESOURCE
                 return False
         else:
             device = self.device
@@ -235,7 +288,7 @@ class BlkDmaIter:
                 self.addr = device.map_phys(self.walk.paddr, self.walk.size, self.direction, self.attrs, cpu=self.cpu)
             except DmakitError as error:
                 self.error = error
-                self.status = int(BlkStatus.RESOURCE)
+                self.status = _RESOURCE
                 return False
         self.len = self.walk.size
         self.mapped += self.len
@@ -262,3 +315,31 @@ def unmap(
         state.destroy(mapped_len, direction, ATTR_MMIO if map_type == P2P_MAP_THRU_HOST_BRIDGE else 0, cpu=cpu)
         return True
     return not device.need_unmap()
+
+
+def undo(
+    own: Device | None,
+    device: MappingDevice,
+    state: Window | None,
+    mapped: cython.ulonglong,
+    direction: cython.int,
+    map_type: cython.int,
+    cpu: cython.int,
+) -> cython.bint:
+    """``unmap`` for compiled callers; ``own``: what ``typed_device`` said."""
+    window: IovaState
+    failed: cython.int
+    if own is None or map_type == P2P_MAP_BUS_ADDR:
+        return unmap(device, state, mapped, direction, map_type, cpu=cpu)
+    if state is None:
+        return not own._need_unmap()
+    if not isinstance(state, IovaState):
+        return unmap(device, state, mapped, direction, map_type, cpu=cpu)
+    window = state
+    if not window.live or mapped > window.size_word & SIZE_BITS or direction < 0 or direction > DMA_NONE:
+        return unmap(device, state, mapped, direction, map_type, cpu=cpu)  # it tells what is wrong
+    failed = window._destroy(mapped, direction, ATTR_MMIO if map_type == P2P_MAP_THRU_HOST_BRIDGE else 0, cpu)
+    if failed != 0:
+        raise cut_error(own, f"destroy: [0x0, {int(mapped):#x})", -failed)
+    window._close()
+    return True

@@ -55,8 +55,8 @@ class QueueLimits:
                 raise MisuseError(f"{name}={value}: must be a power of two of at least {SECTOR_SIZE}")
         for name in ("seg_boundary_mask", "virt_boundary_mask", "dma_alignment"):
             value = getattr(self, name)
-            if value < 0 or value & (value + 1):
-                raise MisuseError(f"{name}={value:#x}: must be a mask (a power of two minus one)")
+            if value < 0 or value & (value + 1) or value >> 64:
+                raise MisuseError(f"{name}={value:#x}: must be a mask (a power of two minus one) of at most 64 bits")
         if self.max_segment_size < 1 or self.max_segments < 1:
             raise MisuseError("max_segment_size and max_segments must be at least 1")
         if self.max_bytes < self.logical_block_size:

@@ -10,7 +10,9 @@ cdef class Payload:
     cdef readonly int segments
     cdef readonly unsigned long long max_size
     cdef readonly unsigned long long boundary
+    cdef readonly unsigned long long virt_boundary
     cdef void _measure(self) noexcept nogil
+    cdef bint _may_coalesce(self, unsigned long long merge_boundary, bint gap_rule) noexcept nogil
     cdef void _iterate(self, SegmentIter walk) noexcept
 
 cdef class Request:

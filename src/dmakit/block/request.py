@@ -70,6 +70,7 @@ class Payload:
         self.length = memoryview(array("Q", [length for _, length in given] or [0]))
         self.max_size = limits.max_segment_size
         self.boundary = limits.seg_boundary_mask
+        self.virt_boundary = limits.virt_boundary_mask
         self._measure()
         if gap_bit >= 0:
             self.gap_bit = gap_bit
@@ -95,6 +96,12 @@ class Payload:
                 left -= room
                 self.segments += 1
         self.gap_bit = lowest_bit(gaps)
+
+    def _may_coalesce(self, merge_boundary: cython.ulonglong, gap_rule: cython.bint) -> cython.bint:
+        """Whether one window may hold all of it, given the device's merge boundary (``block.dma_iter``)."""
+        if not gap_rule:
+            return (self.virt_boundary + 1) & merge_boundary == 0
+        return self.gap_bit <= 0 or self.gap_bit > 64 or merge_boundary >> (self.gap_bit - 1) == 0
 
     def _iterate(self, walk: SegmentIter) -> cython.void:
         """Start ``walk`` on this payload."""

@@ -12,4 +12,5 @@ cdef class Device(Windows):
     cdef int way
     cdef int how
     cdef int on
+    cdef bint _need_unmap(self) noexcept nogil
     cdef bint _ordinary(self, object direction, object attrs, object cpu) noexcept

@@ -432,6 +432,9 @@ class Device(Windows):
 
     def need_unmap(self) -> bool:
         """``dma_need_unmap``: False when unmapping has nothing to do. Ask after all mappings were made."""
+        return bool(self._need_unmap())
+
+    def _need_unmap(self) -> cython.bint:
         return self.translating or not self.skip_sync or self.debug
 
     def iova_to_phys(self, addr: SupportsIndex) -> int:

@@ -18,4 +18,5 @@ cdef class IovaState(IovaWindow):
     cdef int way
     cdef int how
     cdef int on
+    cdef int _close(self) except -1
     cdef bint _quick(self, object offset, object size, object direction, object attrs, object cpu) noexcept

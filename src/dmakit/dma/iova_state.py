@@ -277,11 +277,13 @@ class IovaState(IovaWindow):
         self.run_direction = direction
         self.run_attrs = attrs
 
-    def _close(self) -> None:
+    def _close(self) -> cython.int:
+        """The window is gone: the device forgets it."""
         if self.live:
             self.live = False
             self.more = None
             self.core._state_closed(self)
+        return 0
 
     def undo(self) -> None:
         """Unlink whatever the public ``link`` linked and free the window; harmless on a dead state."""

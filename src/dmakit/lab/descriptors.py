@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from dmakit.consts import PSDT_PRP
 from dmakit.errors import FaultError
 from dmakit.nvme.iod import Iod
 from dmakit.nvme.listed import Ranges, describe
@@ -17,7 +18,6 @@ from dmakit.nvme.mapping import RequestMapper
 from dmakit.nvme.pool import Block
 from dmakit.nvme.prp import PrpWalker
 from dmakit.nvme.sgl import SglWalker
-from dmakit.nvme.spec import PSDT_PRP
 
 
 @dataclass(slots=True)

@@ -29,9 +29,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dmakit.block.request import Request
+from dmakit.consts import PATH_MAP_PHYS, PATH_REGISTERED, PATH_TWO_STEP
 from dmakit.errors import DmakitError, ExhaustedError, HostError, UnsupportedError
 from dmakit.nvme.costs import Costs, measure
-from dmakit.nvme.iod import PATH_MAP_PHYS, PATH_REGISTERED, PATH_TWO_STEP, Iod
+from dmakit.nvme.iod import Iod
 from dmakit.nvme.mapping import RequestMapper
 from dmakit.nvme.premap import Offer, PremapMapper
 from dmakit.nvme.registration import register, shape_of

@@ -39,7 +39,7 @@ class Command:
 
     @property
     def psdt(self) -> int:
-        """How the data pointer is to be read (``spec.PSDT_*``)."""
+        """How the data pointer is to be read (``consts.PSDT_*``)."""
         return self.flags >> 6
 
     @property

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from dmakit.consts import PSDT_PRP, PSDT_SGL_METABUF, PSDT_SGL_METASEG
 from dmakit.errors import FaultError
 from dmakit.nvme.command import Command
 from dmakit.nvme.prp import PrpWalker
 from dmakit.nvme.sgl import BIT_BUCKET, SglWalker
 from dmakit.nvme.spec import (
-    PSDT_PRP,
-    PSDT_SGL_METABUF,
-    PSDT_SGL_METASEG,
     SGLS_BIT_BUCKET,
     SGLS_BYTE,
     SGLS_DWORD,

@@ -1,7 +1,13 @@
+from dmakit.block.request cimport Request
 from dmakit.consts cimport *
 
+cdef int _WINDOW_BYTES
+cdef int _VECTOR_BYTES
+
 cdef class Iod:
-    cdef readonly object request
+    cdef readonly Request request
+    cdef readonly int cpu
+    cdef readonly int direction
     cdef public int status
     cdef public int flags
     cdef public int psdt
@@ -12,7 +18,8 @@ cdef class Iod:
     cdef public object state
     cdef readonly int map_type
     cdef public list blocks
-    cdef readonly list vectors
+    cdef unsigned long long[::1] kept
+    cdef readonly Py_ssize_t kept_count
     cdef public int entries
     cdef public object meta_state
     cdef public int meta_map_type
@@ -22,3 +29,6 @@ cdef class Iod:
     cdef public int path
     cdef public int reason
     cdef public object error
+    cdef int _reset(self, Request request, int cpu) except -1
+    cdef int _keep(self, unsigned long long addr, unsigned long long length) except -1
+    cdef long long _bookkeeping(self) noexcept

@@ -10,6 +10,7 @@ Models ``struct nvme_iod`` of ``drivers/nvme/host/pci.c``.
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING, Any
 
 import cython
@@ -17,36 +18,40 @@ import cython
 from dmakit.errors import MisuseError
 
 if not cython.compiled:
-    from dmakit.consts import P2P_MAP_NONE
+    from dmakit.block.request import Request
+    from dmakit.consts import P2P_MAP_NONE, PATH_NO_DATA
 
 if TYPE_CHECKING:
     from dmakit.nvme.pool import Block
 
-IOD_SINGLE_SEGMENT = 1  # data: one dma_map_phys, address in the command
-IOD_SINGLE_META_SEGMENT = 2  # metadata: likewise, address in MPTR
-IOD_DATA_MAPPED = 4
-IOD_META_MAPPED = 8
-
 PATHS = ("no-data", "map_phys", "two-step", "bus", "per-segment", "failed", "map_phys each", "map_sg", "registered")
 FAST_PATHS = frozenset({"no-data", "map_phys", "two-step", "bus", "map_phys each", "map_sg", "registered"})
-PATH_NO_DATA, PATH_MAP_PHYS, PATH_TWO_STEP, PATH_BUS, PATH_PER_SEGMENT, PATH_FAILED = range(6)
-PATH_EACH, PATH_SG, PATH_REGISTERED = 6, 7, 8  # of the other strategies
 
 WINDOW_BYTES = 16
 VECTOR_BYTES = 16
+_WINDOW_BYTES = WINDOW_BYTES
+_VECTOR_BYTES = VECTOR_BYTES
 
 
 @cython.cclass
 class Iod:
     """The mapping of one request; ``status`` is a ``BlkStatus``, OK while it is usable.
 
-    ``psdt``: which form ``low``/``high`` have (``spec.PSDT_*``); ``mptr``: the metadata pointer; ``blocks``: list
-    blocks in chain order; ``vectors``: (address, length) that must be unmapped one by one; ``path`` and ``reason``: the
-    way taken and the branch that chose it; ``error``: the exception behind a bad status.
+    ``cpu``: who mapped; ``psdt``: which form ``low``/``high`` have (``consts.PSDT_*``); ``mptr``: the metadata pointer;
+    ``blocks``: list blocks in chain order; ``vectors``: (address, length) that must be unmapped one by one; ``path``
+    (``consts.PATH_*``) and ``reason``: the way taken and the branch that chose it; ``error``: the exception behind a
+    bad status. Compiled callers use one Iod for one request after the other (``_reset``).
     """
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Request) -> None:
+        self.kept = memoryview(array("Q", (0, 0)))
+        self._reset(request, request.cpu)
+
+    def _reset(self, request: Request, cpu: cython.int) -> cython.int:
+        """Start over with another request, of which nothing is mapped."""
         self.request = request
+        self.cpu = cpu
+        self.direction = request.direction
         self.status = 0
         self.flags = 0
         self.psdt = 0
@@ -57,7 +62,7 @@ class Iod:
         self.state: Any = None
         self.map_type = P2P_MAP_NONE
         self.blocks: list[Block] = []
-        self.vectors: list[tuple[int, int]] = []
+        self.kept_count = 0
         self.entries = 0
         self.meta_state: Any = None
         self.meta_map_type = P2P_MAP_NONE
@@ -67,6 +72,25 @@ class Iod:
         self.path = PATH_NO_DATA
         self.reason = 0
         self.error: object = None
+        return 0
+
+    def _keep(self, addr: cython.ulonglong, length: cython.ulonglong) -> cython.int:
+        """Note a range that must be unmapped by itself; the array doubles when it is full."""
+        if 2 * self.kept_count == len(self.kept):
+            self.kept = memoryview(array("Q", bytes(self.kept) + bytes(8 * len(self.kept))))
+        self.kept[2 * self.kept_count] = addr
+        self.kept[2 * self.kept_count + 1] = length
+        self.kept_count += 1
+        return 0
+
+    def _bookkeeping(self) -> cython.longlong:
+        windows: cython.int = (self.state is not None) + (self.meta_state is not None)
+        return _WINDOW_BYTES * windows + _VECTOR_BYTES * self.kept_count
+
+    @property
+    def vectors(self) -> list[tuple[int, int]]:
+        """(address, length) of the ranges that must be unmapped one by one, and that the command does not say."""
+        return [(self.kept[2 * i], self.kept[2 * i + 1]) for i in range(self.kept_count)]
 
     @property
     def path_name(self) -> str:
@@ -78,5 +102,4 @@ class Iod:
     @property
     def bookkeeping_bytes(self) -> int:
         """Bytes that exist only to undo this mapping."""
-        windows = (self.state is not None) + (self.meta_state is not None)
-        return WINDOW_BYTES * windows + VECTOR_BYTES * len(self.vectors)
+        return int(self._bookkeeping())

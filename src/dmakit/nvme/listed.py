@@ -13,11 +13,21 @@ from typing import Any, Protocol
 from dmakit.block.request import Request
 from dmakit.block.sg import SgRequest
 from dmakit.block.status import BlkStatus
-from dmakit.consts import L_BOOKKEEPING_BYTES, L_DESCRIPTORS, L_PASSES, PAGE_SIZE
+from dmakit.consts import (
+    IOD_DATA_MAPPED,
+    L_BOOKKEEPING_BYTES,
+    L_DESCRIPTORS,
+    L_PASSES,
+    PAGE_SIZE,
+    PATH_EACH,
+    PATH_FAILED,
+    PATH_SG,
+    PSDT_PRP,
+    PSDT_SGL_METABUF,
+)
 from dmakit.errors import DmakitError, UnsupportedError
-from dmakit.nvme.iod import IOD_DATA_MAPPED, PATH_EACH, PATH_FAILED, PATH_SG, VECTOR_BYTES, Iod
+from dmakit.nvme.iod import VECTOR_BYTES, Iod
 from dmakit.nvme.mapping import RequestMapper
-from dmakit.nvme.spec import PSDT_PRP, PSDT_SGL_METABUF
 from dmakit.reasons import Reason
 
 Ranges = list[tuple[int, int]]

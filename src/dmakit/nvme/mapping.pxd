@@ -1,12 +1,21 @@
-from dmakit.block.dma_iter cimport BlkDmaIter, typed_device
+from dmakit.block.dma_iter cimport BlkDmaIter, typed_device, undo
 from dmakit.block.request cimport Request
 from dmakit.consts cimport *
-from dmakit.dma.streaming cimport Streaming
+from dmakit.dma.device cimport Device
 from dmakit.ledger cimport Ledger
 from dmakit.nvme.iod cimport Iod
 from dmakit.nvme.pool cimport Block, DescriptorPool
 from dmakit.nvme.prp cimport PrpWriter
 from dmakit.nvme.sgl cimport SglWriter
+
+cdef int _MAX_SEGMENTS
+cdef int _RESOURCE
+cdef int _IOERR
+cdef int _NO_DATA
+cdef int _SINGLE_SEGMENT
+cdef int _TOO_LONG_FOR_PRP
+cdef int _MALFORMED
+cdef int _DESCRIPTORS_EXHAUSTED
 
 cdef class RequestMapper:
     cdef readonly object device
@@ -17,10 +26,13 @@ cdef class RequestMapper:
     cdef readonly bint meta_sgl_supported
     cdef readonly unsigned long long sgl_threshold
     cdef readonly str rule
+    cdef bint by_gap
     cdef readonly object peer
     cdef readonly BlkDmaIter walk
     cdef readonly PrpWriter prp
     cdef readonly SglWriter sgl
+    cdef int _map_into(self, Iod iod, Request request, int cpu, bint admin) except -1
+    cdef int _unmap(self, Iod iod, int cpu) except -1
     cdef int _use_sgls(self, Request request, bint admin) except -1
     cdef int _map_data(self, Iod iod, Request request, bint admin) except -1
     cdef int _map_simple(self, Iod iod, Request request, int choice) except -2
@@ -29,8 +41,9 @@ cdef class RequestMapper:
     cdef int _write_sgl(self, Iod iod, Request request) except -1
     cdef int _end(self, Iod iod, int status, int reason) except -1
     cdef int _unmap_one(
-        self, unsigned long long addr, unsigned long long length, int direction, int attrs, int cpu) except -1
+        self, Device own, unsigned long long addr, unsigned long long length, int direction, int attrs,
+        int cpu) except -1
     cdef int _fail(self, Iod iod, object error, int reason) except -1
     cdef int _unmap_data(self, Iod iod, int cpu) except -1
-    cdef int _unmap_listed(self, Iod iod, int attrs, int cpu) except -1
+    cdef int _unmap_listed(self, Device own, Iod iod, int attrs, int cpu) except -1
     cdef int _drop(self, Iod iod) except -1

@@ -21,30 +21,22 @@ from __future__ import annotations
 import cython
 
 from dmakit.block.device import MappingDevice, PeerMemory
-from dmakit.block.dma_iter import GAP_RULE, unmap
+from dmakit.block.dma_iter import GAP_RULE, gap_rule
 from dmakit.block.limits import NVME_MAX_SEGS
 from dmakit.block.status import BlkStatus
 from dmakit.dma.report import map_error
 from dmakit.errors import DmakitError, ExhaustedError, MisuseError
 from dmakit.nvme import metadata
-from dmakit.nvme.iod import (
-    IOD_DATA_MAPPED,
-    IOD_SINGLE_SEGMENT,
-    PATH_BUS,
-    PATH_FAILED,
-    PATH_MAP_PHYS,
-    PATH_NO_DATA,
-    PATH_PER_SEGMENT,
-    PATH_TWO_STEP,
-)
-from dmakit.nvme.spec import PSDT_PRP, PSDT_SGL_METABUF
 from dmakit.reasons import Reason
 
 if not cython.compiled:
-    from dmakit.block.dma_iter import BlkDmaIter, typed_device
+    from dmakit.block.dma_iter import BlkDmaIter, typed_device, undo
     from dmakit.block.request import Request
     from dmakit.consts import (
         ATTR_MMIO,
+        IOD_DATA_MAPPED,
+        IOD_META_MAPPED,
+        IOD_SINGLE_SEGMENT,
         L_BOOKKEEPING_BYTES,
         L_DESCRIPTORS,
         L_PASSES,
@@ -53,8 +45,19 @@ if not cython.compiled:
         P2P_MAP_THRU_HOST_BRIDGE,
         PAGE_MASK_LOW,
         PAGE_SIZE,
+        PATH_BUS,
+        PATH_FAILED,
+        PATH_MAP_PHYS,
+        PATH_NO_DATA,
+        PATH_PER_SEGMENT,
+        PATH_TWO_STEP,
+        PSDT_PRP,
+        PSDT_SGL_METABUF,
+        SGL_FORCED,
+        SGL_SUPPORTED,
+        SGL_UNSUPPORTED,
     )
-    from dmakit.dma.streaming import Streaming
+    from dmakit.dma.device import Device
     from dmakit.ledger import Ledger
     from dmakit.nvme.iod import Iod
     from dmakit.nvme.pool import Block, DescriptorPool
@@ -62,7 +65,15 @@ if not cython.compiled:
     from dmakit.nvme.sgl import SglWriter
 
 SGL_THRESHOLD = 32 << 10
-SGL_UNSUPPORTED, SGL_SUPPORTED, SGL_FORCED = range(3)
+
+_MAX_SEGMENTS = NVME_MAX_SEGS
+_RESOURCE = int(BlkStatus.RESOURCE)
+_IOERR = int(BlkStatus.IOERR)
+_NO_DATA = int(Reason.NO_DATA)
+_SINGLE_SEGMENT = int(Reason.SINGLE_SEGMENT)
+_TOO_LONG_FOR_PRP = int(Reason.SINGLE_SEGMENT_TOO_LONG_FOR_PRP)
+_MALFORMED = int(Reason.MALFORMED_SEGMENTS)
+_DESCRIPTORS_EXHAUSTED = int(Reason.DESCRIPTORS_EXHAUSTED)
 
 
 @cython.cclass
@@ -96,6 +107,7 @@ class RequestMapper:
         self.meta_sgl_supported = meta_sgl_supported
         self.sgl_threshold = sgl_threshold
         self.rule = rule
+        self.by_gap = gap_rule(rule)
         self.peer = peer
         self.walk = BlkDmaIter()
         self.prp = PrpWriter(small, large)
@@ -105,27 +117,42 @@ class RequestMapper:
 
     def map(self, request: Request, *, admin: bool = False) -> Iod:
         """Map a request's data and metadata; ``iod.status`` tells how it went, and on failure nothing is mapped."""
-        if request.segments > NVME_MAX_SEGS:
-            raise MisuseError(f"request of {request.segments} segments: an NVMe queue takes at most {NVME_MAX_SEGS}")
         iod = Iod(request)
-        if request.data.count == 0:
-            iod.path = PATH_NO_DATA
-            iod.reason = int(Reason.NO_DATA)
-        elif self._map_data(iod, request, admin) != 0:
-            return iod
-        if request.integrity.count != 0 and metadata.map_metadata(self, iod, request) != 0:
-            self._unmap_data(iod, request.cpu)
-            iod.entries = 0
-            return iod
-        self.ledger.counts[L_DESCRIPTORS] += iod.entries + iod.meta_entries
-        self.ledger.counts[L_BOOKKEEPING_BYTES] += iod.bookkeeping_bytes
+        self._map_into(iod, request, request.cpu, admin)
         return iod
 
     def unmap(self, iod: Iod, *, cpu: int | None = None) -> None:
-        """Undo ``map`` when the command has completed; ``cpu`` is the one that completes (default: that submitted)."""
-        on: int = iod.request.cpu if cpu is None else cpu
-        metadata.unmap_metadata(self, iod, on)
-        self._unmap_data(iod, on)
+        """Undo ``map`` when the command has completed; ``cpu`` is the one that completes (default: that mapped)."""
+        self._unmap(iod, iod.cpu if cpu is None else cpu)
+
+    def _map_into(self, iod: Iod, request: Request, cpu: cython.int, admin: cython.bint) -> cython.int:
+        """``map`` with an Iod of the caller's, which starts over, on behalf of ``cpu``; returns the status.
+
+        MisuseError, with nothing done, for more segments than an NVMe queue takes.
+        """
+        iod._reset(request, cpu)
+        if request.data.segments > _MAX_SEGMENTS:
+            raise MisuseError(
+                f"request of {request.data.segments} segments: an NVMe queue takes at most {NVME_MAX_SEGS}"
+            )
+        if request.data.count == 0:
+            iod.path = PATH_NO_DATA
+            iod.reason = _NO_DATA
+        elif self._map_data(iod, request, admin) != 0:
+            return iod.status
+        if request.integrity.count != 0 and metadata.map_metadata(self, iod, request) != 0:
+            self._unmap_data(iod, cpu)
+            iod.entries = 0
+            return iod.status
+        self.ledger.counts[L_DESCRIPTORS] += iod.entries + iod.meta_entries
+        self.ledger.counts[L_BOOKKEEPING_BYTES] += iod._bookkeeping()
+        return 0
+
+    def _unmap(self, iod: Iod, cpu: cython.int) -> cython.int:
+        """Undo ``_map_into`` on behalf of ``cpu``; returns 0."""
+        if iod.flags & IOD_META_MAPPED:
+            metadata.unmap_metadata(self, iod, cpu)
+        return self._unmap_data(iod, cpu)
 
     def use_sgls(self, request: Request, *, admin: bool = False) -> int:
         """SGL_UNSUPPORTED, SGL_SUPPORTED or SGL_FORCED for this request (``nvme_pci_use_sgls``)."""
@@ -155,7 +182,7 @@ class RequestMapper:
             status = self._map_simple(iod, request, choice)
             if status >= 0:
                 return status
-        if not walk.start(request, self.device, rule=self.rule, peer=self.peer):
+        if not walk._start(request.data, self.device, request.direction, self.by_gap, self.peer, iod.cpu):
             iod.status = walk.status
             return self._fail(iod, walk.error, walk.reason)
         iod.state = walk.state
@@ -166,7 +193,7 @@ class RequestMapper:
             iod.path = PATH_BUS if walk.map_type == P2P_MAP_BUS_ADDR else PATH_PER_SEGMENT
         iod.reason = walk.reason
         if request.data.segments == 1 and walk.map_type == P2P_MAP_NONE:
-            iod.reason = int(Reason.SINGLE_SEGMENT_TOO_LONG_FOR_PRP)
+            iod.reason = _TOO_LONG_FOR_PRP
         iod.flags |= IOD_DATA_MAPPED
         ranges = 1 if walk.state is not None else request.data.segments
         if choice == SGL_FORCED or (
@@ -183,7 +210,7 @@ class RequestMapper:
         length: cython.ulonglong = request.data.length[0]
         offset: cython.ulonglong = phys & PAGE_MASK_LOW
         addr: cython.ulonglong
-        own: Streaming | None = typed_device(self.device, request.cpu)
+        own: Device | None = typed_device(self.device, iod.cpu)
         two_prps: cython.bint = offset + length <= 2 * PAGE_SIZE
         if choice == SGL_UNSUPPORTED and not two_prps:
             return -1
@@ -193,16 +220,16 @@ class RequestMapper:
                 return -1
         try:
             if own is not None:
-                addr = own._map_phys(phys, length, request.direction, 0, request.cpu)
+                addr = own._map_phys(phys, length, request.direction, 0, iod.cpu)
                 if addr == 0:
                     raise map_error(own, int(phys), int(length), 0)
             else:
-                addr = self.device.map_phys(phys, length, request.direction, 0, cpu=request.cpu)
+                addr = self.device.map_phys(phys, length, request.direction, 0, cpu=iod.cpu)
         except DmakitError as error:
-            iod.status = int(BlkStatus.RESOURCE)
+            iod.status = _RESOURCE
             return self._fail(iod, error, 0)
         iod.path = PATH_MAP_PHYS
-        iod.reason = int(Reason.SINGLE_SEGMENT)
+        iod.reason = _SINGLE_SEGMENT
         iod.flags |= IOD_SINGLE_SEGMENT | IOD_DATA_MAPPED
         iod.total = length
         iod.low = addr
@@ -227,28 +254,28 @@ class RequestMapper:
                 iod.total += walk.len
                 self._save(iod)
                 if prp._feed(walk.addr, walk.len) != 0:
-                    iod.status = int(BlkStatus.IOERR)
+                    iod.status = _IOERR
                     break
-                if not walk.next():
+                if not walk._next():
                     iod.status = walk.status
                     break
         except DmakitError as error:
-            iod.status = int(BlkStatus.RESOURCE)
+            iod.status = _RESOURCE
             iod.error = error
         iod.low = prp.prp1
         iod.high = prp.prp2
         iod.entries = prp.entries
-        return self._end(iod, iod.status, int(Reason.MALFORMED_SEGMENTS))
+        return self._end(iod, iod.status, _MALFORMED)
 
     def _save(self, iod: Iod) -> cython.int:
         """Keep a range that must be unmapped by itself and that PRPs cannot give back."""
-        own: Streaming | None = self.walk.own
+        own: Device | None = self.walk.own
         if iod.state is not None or iod.map_type == P2P_MAP_BUS_ADDR:
             return 0
-        if (own is None or not own.translating) and not self.device.need_unmap():
+        if not (self.device.need_unmap() if own is None else own._need_unmap()):
             return 0
-        iod.vectors.append((self.walk.addr, self.walk.len))
-        if len(iod.vectors) == 1 and self.small.fail._hit():
+        iod._keep(self.walk.addr, self.walk.len)
+        if iod.kept_count == 1 and self.small.fail._hit():
             raise ExhaustedError("no memory for the vectors of a request that is mapped segment by segment")
         return 0
 
@@ -262,11 +289,11 @@ class RequestMapper:
             iod.blocks = sgl.blocks
             while True:
                 if sgl._feed(walk.addr, walk.len) != 0:
-                    iod.vectors.append((walk.addr, walk.len))
-                    iod.status = int(BlkStatus.IOERR)
+                    iod._keep(walk.addr, walk.len)
+                    iod.status = _IOERR
                     break
                 iod.total += walk.len
-                if not walk.next():
+                if not walk._next():
                     iod.status = walk.status
                     break
             sgl._finish()
@@ -278,9 +305,9 @@ class RequestMapper:
             iod.low = walk.addr
             iod.high = walk.len
             iod.entries = 1
-            iod.status = int(BlkStatus.RESOURCE)
+            iod.status = _RESOURCE
             iod.error = error
-        return self._end(iod, iod.status, int(Reason.MALFORMED_SEGMENTS))
+        return self._end(iod, iod.status, _MALFORMED)
 
     def _end(self, iod: Iod, status: cython.int, reason: cython.int) -> cython.int:
         """After writing descriptors: undo everything when that failed."""
@@ -289,11 +316,11 @@ class RequestMapper:
             return 0
         error = iod.error
         if error is not None:
-            reason = int(Reason.DESCRIPTORS_EXHAUSTED)
+            reason = _DESCRIPTORS_EXHAUSTED
         elif self.walk.error is not None:
             error = self.walk.error
             reason = 0
-        self._unmap_data(iod, iod.request.cpu)
+        self._unmap_data(iod, iod.cpu)
         return self._fail(iod, error, reason)
 
     def _fail(self, iod: Iod, error: object, reason: cython.int) -> cython.int:
@@ -302,7 +329,7 @@ class RequestMapper:
         iod.error = error
         iod.path = PATH_FAILED
         iod.reason = reason
-        if error is not None and reason != int(Reason.DESCRIPTORS_EXHAUSTED):
+        if error is not None and reason != _DESCRIPTORS_EXHAUSTED:
             why = self.device.why
             if why != 0:
                 iod.reason = why
@@ -313,41 +340,45 @@ class RequestMapper:
 
     def _unmap_data(self, iod: Iod, cpu: cython.int) -> cython.int:
         """Undo the data mapping and give the list blocks back; harmless when nothing is mapped."""
+        own: Device | None = typed_device(self.device, cpu)
         attrs: cython.int = ATTR_MMIO if iod.map_type == P2P_MAP_THRU_HOST_BRIDGE else 0
         if not iod.flags & IOD_DATA_MAPPED:
             return 0
         if iod.flags & IOD_SINGLE_SEGMENT:
-            self._unmap_one(iod.low, iod.total, iod.request.direction, 0, cpu)
-        elif not unmap(self.device, iod.state, iod.total, iod.request.direction, iod.map_type, cpu=cpu):
-            self._unmap_listed(iod, attrs, cpu)
+            self._unmap_one(own, iod.low, iod.total, iod.direction, 0, cpu)
+        elif not undo(own, self.device, iod.state, iod.total, iod.direction, iod.map_type, cpu):
+            self._unmap_listed(own, iod, attrs, cpu)
         iod.state = None
         iod.flags &= ~(IOD_DATA_MAPPED | IOD_SINGLE_SEGMENT)
         return self._drop(iod)
 
-    def _unmap_listed(self, iod: Iod, attrs: cython.int, cpu: cython.int) -> cython.int:
+    def _unmap_listed(self, own: Device | None, iod: Iod, attrs: cython.int, cpu: cython.int) -> cython.int:
         """Unmap range by range: from the kept vectors, and from what an SGL says."""
-        at: cython.int
+        at: cython.Py_ssize_t = 0
         block: Block
-        direction: int = iod.request.direction
         if iod.psdt != PSDT_PRP and iod.blocks:
             block = iod.blocks[0]
             if not 0 <= iod.entries <= block.size >> 4:
                 raise MisuseError(f"entries={iod.entries}: the list block holds {block.size >> 4}")
-        for addr, length in iod.vectors:
-            self._unmap_one(addr, length, direction, attrs, cpu)
-        iod.vectors.clear()
+        while at < iod.kept_count:
+            self._unmap_one(own, iod.kept[2 * at], iod.kept[2 * at + 1], iod.direction, attrs, cpu)
+            at += 1
+        iod.kept_count = 0
         if iod.psdt == PSDT_PRP:
             return 0
         if not iod.blocks:
-            self._unmap_one(iod.low, iod.high, direction, attrs, cpu)
+            self._unmap_one(own, iod.low, iod.high, iod.direction, attrs, cpu)
             return 0
         block = iod.blocks[0]
-        for at in range(iod.entries):
-            self._unmap_one(block.words[2 * at], block.words[2 * at + 1], direction, attrs, cpu)
+        at = 0
+        while at < iod.entries:
+            self._unmap_one(own, block.words[2 * at], block.words[2 * at + 1], iod.direction, attrs, cpu)
+            at += 1
         return 0
 
     def _unmap_one(
         self,
+        own: Device | None,
         addr: cython.ulonglong,
         length: cython.ulonglong,
         direction: cython.int,
@@ -355,7 +386,6 @@ class RequestMapper:
         cpu: cython.int,
     ) -> cython.int:
         """``unmap_phys``, without a Python call where the device is one of ours."""
-        own: Streaming | None = typed_device(self.device, cpu)
         if own is None:
             self.device.unmap_phys(addr, length, direction, attrs, cpu=cpu)
         elif own._unmap_phys(addr, length, direction, attrs, cpu) != 0:

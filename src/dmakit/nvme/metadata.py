@@ -16,10 +16,18 @@ from typing import TYPE_CHECKING
 
 from dmakit.block.dma_iter import BlkDmaIter, unmap
 from dmakit.block.status import BlkStatus
-from dmakit.consts import ATTR_MMIO, P2P_MAP_NONE, P2P_MAP_THRU_HOST_BRIDGE
+from dmakit.consts import (
+    ATTR_MMIO,
+    IOD_META_MAPPED,
+    IOD_SINGLE_META_SEGMENT,
+    P2P_MAP_NONE,
+    P2P_MAP_THRU_HOST_BRIDGE,
+    PATH_FAILED,
+    PSDT_SGL_METABUF,
+    PSDT_SGL_METASEG,
+)
 from dmakit.errors import DmakitError
-from dmakit.nvme.iod import IOD_META_MAPPED, IOD_SINGLE_META_SEGMENT, PATH_FAILED
-from dmakit.nvme.spec import PSDT_SGL_METABUF, PSDT_SGL_METASEG, SGL_BYTES
+from dmakit.nvme.spec import SGL_BYTES
 from dmakit.reasons import Reason
 
 if TYPE_CHECKING:
@@ -50,7 +58,7 @@ def map_metadata(mapper: RequestMapper, iod: Iod, request: Request) -> int:
         return _fail(iod, int(BlkStatus.IOERR), int(Reason.MALFORMED_SEGMENTS), None)
     phys, length = request.integrity.phys[0], request.integrity.length[0]
     try:
-        iod.mptr = mapper.device.map_phys(phys, length, request.direction, 0, cpu=request.cpu)
+        iod.mptr = mapper.device.map_phys(phys, length, request.direction, 0, cpu=iod.cpu)
     except DmakitError as error:
         return _fail(iod, int(BlkStatus.IOERR), mapper.device.why, error)
     iod.meta_total = length
@@ -67,7 +75,7 @@ def _fail(iod: Iod, status: int, reason: int, error: Exception | None) -> int:
 def _through_iterator(mapper: RequestMapper, iod: Iod, request: Request) -> int:
     """Map by the iterator; MPTR holds the only range, or points to a list block."""
     walk = BlkDmaIter()
-    if not walk.start(request, mapper.device, integrity=True, rule=mapper.rule, peer=mapper.peer):
+    if not walk.start(request, mapper.device, integrity=True, rule=mapper.rule, peer=mapper.peer, cpu=iod.cpu):
         return _fail(iod, walk.status, walk.reason, walk.error)
     iod.meta_state, iod.meta_map_type = walk.state, walk.map_type
     iod.flags |= IOD_META_MAPPED
@@ -78,7 +86,7 @@ def _through_iterator(mapper: RequestMapper, iod: Iod, request: Request) -> int:
     try:
         block = mapper.small.alloc()
     except DmakitError as error:
-        unmap_metadata(mapper, iod, request.cpu)
+        unmap_metadata(mapper, iod, iod.cpu)
         return _fail(iod, int(BlkStatus.RESOURCE), int(Reason.DESCRIPTORS_EXHAUSTED), error)
     iod.meta_block, iod.psdt = block, PSDT_SGL_METASEG
     iod.mptr = block.addr
@@ -95,7 +103,7 @@ def _through_iterator(mapper: RequestMapper, iod: Iod, request: Request) -> int:
         more = walk.next()
     block.words[0], block.words[1] = block.addr + SGL_BYTES, _LAST_SEGMENT | SGL_BYTES * iod.meta_entries
     if walk.status:
-        unmap_metadata(mapper, iod, request.cpu)
+        unmap_metadata(mapper, iod, iod.cpu)
         return _fail(iod, walk.status, mapper.device.why, walk.error)
     return 0
 
@@ -104,7 +112,7 @@ def unmap_metadata(mapper: RequestMapper, iod: Iod, cpu: int) -> None:
     """Undo ``map_metadata``; harmless when nothing is mapped."""
     if not iod.flags & IOD_META_MAPPED:
         return
-    direction = iod.request.direction
+    direction = iod.direction
     attrs = ATTR_MMIO if iod.meta_map_type == P2P_MAP_THRU_HOST_BRIDGE else 0
     if iod.flags & IOD_SINGLE_META_SEGMENT:
         mapper.device.unmap_phys(iod.mptr, iod.meta_total, direction, 0, cpu=cpu)

@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dmakit.block.request import Request
-from dmakit.consts import L_PASSES
+from dmakit.consts import L_PASSES, PATH_REGISTERED
 from dmakit.errors import MisuseError
-from dmakit.nvme.iod import PATH_REGISTERED
 from dmakit.nvme.listed import Listed, Ranges
 from dmakit.nvme.mapping import RequestMapper
 from dmakit.nvme.registration import Registration, register, shape_of

@@ -141,10 +141,7 @@ SGLS_BIT_BUCKET = 1 << 16
 SGLS_LONGER_THAN_DATA = 1 << 18
 SGLS_METADATA_SGL = 1 << 19
 
-# Command dword 0: PSDT, bits 15:14 (bits 7:6 of the flags byte)
-PSDT_PRP = 0
-PSDT_SGL_METABUF = 1
-PSDT_SGL_METASEG = 2
+# Command dword 0: PSDT, bits 15:14 (bits 7:6 of the flags byte); its values are consts.PSDT_*
 FLAG_SGL_METABUF = 1 << 6
 FLAG_SGL_METASEG = 1 << 7
 
