@@ -11,6 +11,7 @@ import pytest
 from tools.vm import run
 from tools.vm.machine import VARIANTS, Machine
 
+from dmakit.trace.probes import BOOT_LINE
 from tests.support.gates import GATE
 from tests.vm.plugin import require_built
 from tests.vm.reporter import REPORT
@@ -42,7 +43,10 @@ class Boot:
 
 
 GUEST = ("tests/vm/guest",)
-HOTPLUG = ("tests/vm/guest/test_unplug.py",)
+HOTPLUG = (
+    "tests/vm/guest/test_unplug.py",
+    "tests/vm/guest/test_boot_line.py",
+)  # with a port, and probes from the start
 # What must hold on the guest's Python and processor as well: on the software machine, and where it is portable on VFIO.
 PORTABLE = ("tests/memory", "tests/dma", "tests/nvme/test_controller.py")
 ON_VFIO = ("tests/dma", "tests/nvme/test_controller.py", "-m", "portable", "-k", "type1 or iommufd")
@@ -58,7 +62,7 @@ def boots() -> list[Boot]:
     debian = [Boot(replace(EVERYTHING, kernel="debian", iommu=name), GUEST, levels[name]) for name in IOMMUS]
     portable = [Boot(replace(EVERYTHING, iommu=name), ON_VFIO, "full") for name in IOMMUS[1:]]
     portable += [Boot(replace(EVERYTHING, kernel="debian", iommu=name), ON_VFIO, "full") for name in IOMMUS]
-    plugged = replace(EVERYTHING, hotplug=True)
+    plugged = replace(EVERYTHING, hotplug=True, append=BOOT_LINE)
     hotplug = [Boot(plugged, HOTPLUG, "ci"), Boot(replace(plugged, kernel="debian"), HOTPLUG, "full")]
     return [iommufd[0], Boot(EVERYTHING, PORTABLE, "ci"), *iommufd[1:], *debian, *hotplug, *portable]
 

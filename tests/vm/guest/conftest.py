@@ -1,4 +1,4 @@
-"""The guest: tests marked ``on(kernel=…, iommu=…, hotplug=…)`` run only where they apply, in sight of a reader."""
+"""The guest: tests marked ``on(kernel=…, iommu=…, hotplug=…, traced=…)`` run only where they apply, and visibly so."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.sweep import descriptors
-from tests.vm.guest.support import HOTPLUG, IOMMU, KERNEL, NVME, bind, driver_of, modprobe, unbind, until
+from tests.vm.guest.support import HOTPLUG, IOMMU, KERNEL, NVME, TRACED, bind, driver_of, modprobe, unbind, until
 from tests.vm.guest.vfio_support import pinned
 
 
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def applies(mark: pytest.Mark) -> bool:
     """Whether this boot is one that the marker names."""
-    for name, here in (("kernel", KERNEL), ("iommu", IOMMU), ("hotplug", HOTPLUG)):
+    for name, here in (("kernel", KERNEL), ("iommu", IOMMU), ("hotplug", HOTPLUG), ("traced", TRACED)):
         named = mark.kwargs.get(name, here)
         if here not in ((named,) if isinstance(named, str) else named):
             return False

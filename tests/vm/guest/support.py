@@ -20,6 +20,7 @@ NVME = ("0000:00:04.0", "0000:00:05.0")
 EDU = "0000:00:10.0"
 PCI = Path("/sys/bus/pci/devices")
 HOTPLUG = "yes" if (PCI / "0000:00:11.0").exists() else "no"
+TRACED = "yes" if "kprobe_event=" in Path("/proc/cmdline").read_text() else "no"  # booted with probes
 TRACE = Path("/sys/kernel/tracing")
 
 

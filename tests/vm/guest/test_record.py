@@ -18,90 +18,37 @@ from typing import Any
 
 import pytest
 
+from tests.vm.guest.record_support import (
+    FRESH,
+    PHASES,
+    dmakit,
+    drives_without_driver_and_tracefs_as_it_was,
+    left_over,
+    record,
+    replayed,
+    unload,
+    workload,
+)
 from tests.vm.guest.support import FULL, IOMMU, KERNEL, LONG, NVME, TRACE, driver_of, until
 
 REASON = "in the full matrix (--vm full)"
 pytestmark = pytest.mark.skipif(not FULL and IOMMU != "vtd-lazy", reason=REASON)
 NOT_ON_BOTH = pytest.mark.skipif(not FULL and KERNEL == "iommufd", reason=REASON)
-FRESH = [word for drive in NVME for word in ("--fresh", drive)]  # the driver takes both drives
-PHASES = {
-    "a": "--rw=randread --bs=4k --iodepth=1 --number_ios=100",
-    "b": "--rw=read --bs=128k --iodepth=8 --number_ios=60",
-    "m": "--rw=randrw --bsrange=4k-256k --iodepth=16 --numjobs=2 --number_ios=100",
-}
-WAIT = "i=0; until [ -b /dev/nvme0n1 ] || [ $i -gt 100 ]; do sleep 0.1; i=$((i+1)); done; sleep 0.3"
-SETTINGS = ("dynamic_events", "trace_clock", "tracing_on", "current_tracer")
-
-
-def workload(phases: dict[str, str]) -> str:
-    """A shell script: the driver, and a phase of fio each."""
-    lines = ["set -e", "modprobe nvme", WAIT, f"mark=${{DMAKIT_TRACE_MARKER:-{TRACE}/trace_marker}}"]
-    for name, options in phases.items():
-        lines += [
-            f'echo "PHASE {name}" > "$mark"',
-            f"fio --name={name} --filename=/dev/nvme0n1 --direct=1 --ioengine=libaio --randseed=7 {options} >/dev/null",
-            f'echo "PHASE {name}-end" > "$mark"',
-        ]
-    return "\n".join(lines)
-
-
-def dmakit(*words: str, status: int = 0) -> str:
-    done = subprocess.run([sys.executable, "-m", "dmakit", *words], capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def left_over() -> list[str]:
-    """What recordings leave in tracefs: nothing."""
-    dynamic = (TRACE / "dynamic_events").read_text().splitlines()
-    return [str(path) for path in (TRACE / "instances").iterdir()] + [line for line in dynamic if ":dmakit" in line]
-
-
-def settings() -> dict[str, str]:
-    """The top-level trace's."""
-    return {name: (TRACE / name).read_text() for name in SETTINGS}
-
-
-def buffer() -> int:
-    """KiB of its buffer; until its first use it is "7 (expanded: 1408)"."""
-    return int((TRACE / "buffer_size_kb").read_text().split()[-1].rstrip(")"))
-
-
-def unload() -> None:
-    """Unload the kernel's driver; for a moment it may still be looking for partitions."""
-    until(lambda: subprocess.run(["modprobe", "-r", "nvme"], check=False).returncode == 0, "nvme is unloaded")
 
 
 @pytest.fixture(autouse=True)
-def drives_without_driver_and_tracefs_as_it_was() -> Iterator[None]:
-    assert [driver_of(drive) for drive in NVME] == [None, None]
-    before, size = settings(), buffer()
-    yield
-    unload()
-    assert left_over() == []
-    assert settings() == before
-    assert size <= buffer() < size + 4  # the kernel rounds up to whole pages of events
+def everything_is_as_it_was() -> Iterator[None]:
+    with drives_without_driver_and_tracefs_as_it_was():
+        yield
 
 
-def record(tmp_path: Path, *options: str, phases: dict[str, str] | None = None) -> tuple[Path, dict[str, Any]]:
-    trace, told = tmp_path / "run.trace.txt.zst", tmp_path / "run.json"
-    script = workload(PHASES if phases is None else phases)
-    dmakit("record", "-o", str(trace), "--json", str(told), *FRESH, *options, "--", "sh", "-c", script)
-    return trace, json.loads(told.read_text())
-
-
-def replayed(trace: Path, *options: str) -> dict[str, Any]:
-    """What ``dmakit replay`` says of it in JSON; nothing may differ from the kernel."""
-    out = trace.parent / "replay.json"
-    shown = dmakit("replay", *options, "--json", str(out), str(trace))
-    (result,) = json.loads(out.read_text())
-    assert result["malformed_lines"] == 0, shown
-    return dict(result)
+def record_fresh(tmp_path: Path, *options: str, phases: dict[str, str] = PHASES) -> tuple[Path, dict[str, Any]]:
+    return record(tmp_path, *FRESH, *options, phases=phases)
 
 
 @pytest.mark.parametrize("stream", [False, pytest.param(True, marks=LONG)])
 def test_a_recorded_fio_run_replays_address_for_address(tmp_path: Path, stream: bool) -> None:
-    trace, told = record(tmp_path, *["--stream"] * stream)
+    trace, told = record_fresh(tmp_path, *["--stream"] * stream)
     assert (told["complete"], told["lost"], told["refused"], told["left"]) == (True, 0, {}, None)
     result = replayed(trace)
     assert result["allocations"] > 200
@@ -119,7 +66,7 @@ def test_a_recorded_fio_run_replays_address_for_address(tmp_path: Path, stream: 
 @pytest.mark.on(iommu=("vtd-strict", "amd"))
 def test_a_recording_for_calls_replays_call_by_call(tmp_path: Path) -> None:
     """Not with flush queues on two CPUs: which order the calls then had, only the allocator's replay searches."""
-    trace, told = record(tmp_path, "--only", "calls", phases={name: PHASES[name] for name in "am"})
+    trace, told = record_fresh(tmp_path, "--only", "calls", phases={name: PHASES[name] for name in "am"})
     assert told["complete"] and told["left"] is None
     result = replayed(trace, "--calls")
     assert result["equal"], result
@@ -161,7 +108,7 @@ def test_after_kill_9_the_next_recording_starts_and_removes_what_is_left(tmp_pat
         os.killpg(victim.pid, signal.SIGKILL)  # its command
     unload()
     assert left_over() and not (tmp_path / "killed.trace.txt").exists()
-    trace, told = record(tmp_path, phases={"a": PHASES["a"]})
+    trace, told = record_fresh(tmp_path, phases={"a": PHASES["a"]})
     assert any("removed what an earlier recording left" in note for note in told["notes"]), told
     assert told["complete"] and told["left"] is None
     result = replayed(trace)
