@@ -233,6 +233,41 @@ def test_unbind_leaves_other_drivers_alone_and_bind_needs_the_module() -> None:
     assert binding.bind(fake, NVME).driver == "vfio-pci"  # loaded on the way
 
 
+def holding(fake: FakeHost, node: str) -> None:
+    """Process 77 has a node open, beside other things; so has a process that is gone when its name is read."""
+    fake.files["/proc/77/comm"] = "qemu"
+    for at, (pid, where) in enumerate(((77, "/dev/null"), (77, node), (77, node), (9, node), (78, "/dev/vfio/vfio"))):
+        fake.blocks.links[f"/proc/{pid}/fd/{at}"] = where
+
+
+@pytest.mark.parametrize(
+    ("node", "how"),
+    [("/dev/vfio/devices/vfio1", "is held by"), ("/dev/vfio/4", "its group 4 is held by")],
+    ids=["iommufd", "type1"],
+)
+def test_unbind_names_who_holds_the_device_and_waits_when_told(
+    node: str, how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = bound("vfio-pci")
+    fake.has_iommufd = True
+    holding(fake, node)
+    held = f"{how} process 77 (qemu); {how} process 9 (gone)"
+    with pytest.raises(HostError) as caught:
+        binding.unbind(fake, NVME)
+    assert caught.value.errno == errno.EBUSY and str(caught.value) == (
+        f"{NVME} {held}: end it, or have the kernel ask for the device and wait until it is closed (unbind --wait)"
+    )
+    assert fake.devices[NVME].driver == "vfio-pci"
+    monkeypatch.setattr("dmakit.platform.linux.kernel.Kernel", lambda: fake)
+    assert run(["vfio", "list"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.endswith(held)]
+    assert run(["vfio", "unbind", EDU]) == 0  # nobody holds that one
+    capsys.readouterr()
+    assert run(["vfio", "unbind", "--wait", NVME]) == 0
+    assert capsys.readouterr().err == f"dmakit: {NVME} {held}: waiting until it is closed\n"
+    assert fake.devices[NVME].driver == "nvme"
+
+
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     fake = world()
     mount(fake, "259:0", "/home", "/dev/nvme0n1")

@@ -1,12 +1,14 @@
 """``dmakit vfio list|bind|unbind``: which PCI devices this host has, and whose they are.
 
 ``list`` only reads. ``bind`` takes a device from its driver for VFIO and says which driver that was; ``unbind`` gives
-it back. Both need root. Exit status 2, one line, when a device is in use or something is missing.
+it back. Both need root. Exit status 2, one line, when a device is in use (mounted, held by a process) or something is
+missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 HELP = "list PCI devices and their IOMMU groups; bind one to VFIO or give it back"
@@ -17,25 +19,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     shown = actions.add_parser("list", help="every PCI device: class, ids, driver, group, and what hangs on it")
     shown.add_argument("--json", metavar="PATH|-", help="write the list as JSON to a file, or - for standard output")
-    for name, text in (
-        ("bind", "take a device from its driver and give it to vfio-pci; refused while it is in use"),
-        ("unbind", "give a device back to the driver that bind took it from"),
-    ):
-        action = actions.add_parser(name, help=text)
+    bind = actions.add_parser("bind", help="take a device from its driver for vfio-pci; refused while it is in use")
+    unbind = actions.add_parser("unbind", help="give it back to the driver that bind took it from; refused while held")
+    for action in (bind, unbind):
         action.add_argument("bdf", metavar="BDF", help="PCI address, as in 0000:01:00.0")
+    unbind.add_argument(
+        "--wait",
+        action="store_true",
+        help="where a process holds the device, ask it and wait until it is closed; no signal ends this waiting",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """List, bind or unbind."""
     from dmakit.platform.linux import binding, pci
+    from dmakit.platform.linux.holders import holders, open_nodes
     from dmakit.platform.linux.kernel import Kernel
 
     kernel = Kernel()
     if args.action == "list":
         return show(kernel, args.json)
-    change = binding.bind if args.action == "bind" else binding.unbind
     before = pci.find(kernel, args.bdf)
-    after = change(kernel, args.bdf)
+    if args.action == "bind":
+        after = binding.bind(kernel, args.bdf)
+    else:
+        if args.wait and (held := holders(before, open_nodes(kernel))):
+            print(f"dmakit: {before.bdf} {'; '.join(held)}: waiting until it is closed", file=sys.stderr, flush=True)
+        after = binding.unbind(kernel, args.bdf, wait=args.wait)
     if before.driver == after.driver:
         print(f"{after.bdf}: bound to {after.driver or 'no driver'} already")
     else:
@@ -46,12 +56,13 @@ def run(args: argparse.Namespace) -> int:
 def facts(kernel: Any) -> list[dict[str, Any]]:
     """Every device with its uses and with what keeps its group from being given out."""
     from dmakit.platform.linux import binding, pci
+    from dmakit.platform.linux.holders import holders, open_nodes
 
-    found = pci.scan(kernel)
+    found, nodes = pci.scan(kernel), open_nodes(kernel)
     return [
         {
             **device.as_json(),
-            "uses": binding.uses(kernel, device.bdf),
+            "uses": binding.uses(kernel, device.bdf) + holders(device, nodes),
             "group_held_by": [other.bdf for other in pci.strangers(kernel, device)],
         }
         for device in found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 
 from dmakit import vfio
 from tests.vm.guest.support import (
+    EDU,
     FULL,
     KERNEL,
     NVME,
@@ -79,6 +81,26 @@ def bound() -> Iterator[None]:
     vfio.bind(BDF)
     yield
     vfio.unbind(BDF)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unbind_names_the_holder_or_waits_for_it(backend: str) -> None:
+    modprobe("vfio-pci")
+    vfio.bind(EDU)
+    group = f"its group {group_of(EDU).name} " if backend == "type1" else ""
+    with vfio.Device.open(EDU, backend=backend) as device:
+        held = f"{EDU} {group}is held by process {os.getpid()} ({Path('/proc/self/comm').read_text().strip()})"
+        refused = dmakit("vfio", "unbind", EDU, status=2)
+        assert refused[1].startswith(f"dmakit: {held}: end it, or ") and driver_of(EDU) == "vfio-pci"
+        assert held.removeprefix(EDU).strip() in dmakit("vfio", "list")[0]
+        with subprocess.Popen(["dmakit", "vfio", "unbind", "--wait", EDU], stderr=subprocess.PIPE, text=True) as asks:
+            assert asks.stderr is not None
+            assert asks.stderr.readline() == f"dmakit: {held}: waiting until it is closed\n"
+            until(lambda: device.wanted_back, "the kernel asks for the device", 60)
+            assert asks.poll() is None
+            device.close()
+            assert asks.wait(60) == 0
+    assert driver_of(EDU) is None
 
 
 @pytest.mark.usefixtures("bound")

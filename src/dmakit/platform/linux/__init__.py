@@ -30,6 +30,6 @@ def bind(bdf: str) -> PciDevice:
     return binding.bind(Kernel(), bdf)
 
 
-def unbind(bdf: str) -> PciDevice:
-    """Give a device back to the driver that ``bind`` took it from."""
-    return binding.unbind(Kernel(), bdf)
+def unbind(bdf: str, *, wait: bool = False) -> PciDevice:
+    """Give a device back to the driver ``bind`` took it from; refused while a process holds it, unless ``wait``."""
+    return binding.unbind(Kernel(), bdf, wait=wait)

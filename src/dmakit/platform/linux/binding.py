@@ -14,6 +14,8 @@ below no controller: the head is what gets used. btrfs mounts under a device num
 as well as its number. Not seen: programs that merely have a disk open, and disks whose node this process may not open
 or does not have (in a container), as far as they are not in its own list of mounts.
 
+``unbind`` looks whether a process holds the device (``holders``): the kernel would wait for it, without an end.
+
 If probing fails half-way the old driver is put back at once. Source: ``Documentation/ABI/testing/sysfs-bus-pci``.
 """
 
@@ -26,6 +28,7 @@ from contextlib import ExitStack
 
 from dmakit.errors import DmakitError, HostError
 from dmakit.platform.linux import pci
+from dmakit.platform.linux.holders import holders, open_nodes
 from dmakit.platform.linux.kernel import Kernel
 from dmakit.platform.pci import PciDevice
 
@@ -173,11 +176,22 @@ def _hand_over(kernel: Kernel, found: PciDevice, claims: ExitStack) -> None:
         raise
 
 
-def unbind(kernel: Kernel, bdf: str) -> PciDevice:
-    """Take ``bdf`` from vfio-pci and give it back to the driver that ``bind`` noted (else to whoever wants it)."""
+def unbind(kernel: Kernel, bdf: str, *, wait: bool = False) -> PciDevice:
+    """Take ``bdf`` from vfio-pci and give it back to the driver that ``bind`` noted (else to whoever wants it).
+
+    HostError (EBUSY) naming the process that holds it; with ``wait`` the kernel asks that process for it instead, and
+    this call lasts until it has closed it. HostError (EINVAL) for a device of another driver.
+    """
     found = pci.find(kernel, bdf)
     if found.driver not in (pci.VFIO_DRIVER, ""):
-        raise HostError(f"{found.bdf} is not bound to vfio-pci but to {found.driver}", 22)
+        raise HostError(f"{found.bdf} is not bound to vfio-pci but to {found.driver}", errno.EINVAL)
+    held = [] if wait or not found.driver else holders(found, open_nodes(kernel))
+    if held:
+        raise HostError(
+            f"{found.bdf} {'; '.join(held)}: end it, or have the kernel ask for the device and wait until it is closed "
+            "(unbind --wait)",
+            errno.EBUSY,
+        )
     _restore(kernel, found.bdf, quiet=False)
     return pci.find(kernel, found.bdf)
 
