@@ -80,6 +80,7 @@ COMPILED_MODULES = (
     "dmakit.memory.pages",
     "dmakit.memory.physical",
     "dmakit.nvme.iod",
+    "dmakit.nvme.lists",
     "dmakit.nvme.mapping",
     "dmakit.nvme.mmio",
     "dmakit.nvme.pool",

@@ -40,7 +40,7 @@ WRITABLE = {
     "Iod.mptr": "an address: as low",
     "Iod.total": "a length: as low",
     "Iod.state": "an object: called by Python",
-    "Iod.blocks": "a list: every item's class is checked when it is taken out",
+    "Iod.chain": "list blocks: looked up in the pools, with bounds, before they are read or given back",
     "Iod.entries": "a count: unmap checks it against the list block",
     "Iod.meta_state": "an object: called by Python",
     "Iod.meta_map_type": NUMBER,

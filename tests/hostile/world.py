@@ -29,6 +29,7 @@ from dmakit.iova.flush_queue import CallbackTarget, FlushQueue
 from dmakit.iova.shared import SharedDomain
 from dmakit.iova.tree import IovaTree
 from dmakit.ledger import Ledger
+from dmakit.nvme.lists import ListWriter
 from dmakit.nvme.mapping import RequestMapper
 from dmakit.nvme.pool import LARGE_BYTES, SMALL_BYTES, DescriptorPool, PlainSource
 from dmakit.nvme.prp import PrpWalker, PrpWriter
@@ -323,6 +324,7 @@ PARTS: dict[str, Callable[[World], Any]] = {
     "DescriptorPool": lambda w: _pool(w, SMALL_BYTES),
     "PlainPage": lambda w: PlainSource().page(),
     "PlainSource": lambda w: PlainSource(),
+    "ListWriter": lambda w: ListWriter(w.part("small"), w.part("large")),
     "PrpWriter": _prp,
     "PrpWalker": _prp_walker,
     "SglWriter": _sgl,
@@ -363,12 +365,12 @@ SEEN: dict[str, Callable[[Any], Any]] = {
     "FlushQueue": lambda q: (q.waiting(), q.start_cnt, q.finish_cnt),
     "SgMapping": lambda s: (s.live, s.segments, s.inputs),
     "IovaTree": lambda t: t.nodes(),
-    "small": lambda p: (p.used, len(p.idle), len(p.pages)),
-    "large": lambda p: (p.used, len(p.idle), len(p.pages)),
-    "DescriptorPool": lambda p: (p.used, len(p.idle), len(p.pages)),
+    "small": lambda p: (p.used, p.idle_count, len(p.pages)),
+    "large": lambda p: (p.used, p.idle_count, len(p.pages)),
+    "DescriptorPool": lambda p: (p.used, p.idle_count, len(p.pages)),
     "IommuUnit": lambda u: (_words(u.walker.contexts), len(u.devtlbs)),
-    "PrpWriter": lambda p: (p.left, len(p.blocks)),
-    "SglWriter": lambda s: (s.low, s.high, s.entries, s.room, len(s.blocks)),
+    "PrpWriter": lambda p: (p.left, p.chain),
+    "SglWriter": lambda s: (s.low, s.high, s.entries, s.room, s.chain),
     "Swiotlb": lambda s: (s.used, [pool.allocations() for pool in s.pools], s.low, s.high),
     "FailPoint": lambda f: f.countdown,
     "Gather": lambda g: (g.start, g.end, g.freelist),

@@ -67,15 +67,15 @@ MUTATIONS = (
     Mutation(
         "chain-loses-the-moved-entry",
         "src/dmakit/nvme/prp.py",
-        "block.words[0] = self.block.words[self.slot - 1]",
-        "block.words[0] = self.block.words[self.slot - 2]",
+        "moved: cython.ulonglong = self.words[511]",
+        "moved: cython.ulonglong = self.words[510]",
         PRP,
     ),
     Mutation(
         "small-block-takes-one-more",
         "src/dmakit/nvme/prp.py",
-        "if (self.left + PAGE_MASK_LOW) >> 12 <= _PER_SMALL:",
-        "if self.left >> 12 < _PER_SMALL + 1:",
+        "self._first((self.left + PAGE_MASK_LOW) >> 12 > _PER_SMALL)",
+        "self._first(self.left >> 12 > _PER_SMALL)",
         PRP,
     ),
     Mutation(

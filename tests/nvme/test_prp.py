@@ -91,9 +91,9 @@ def walk_all(walker: PrpWalker, memory: dict[int, memoryview[int]]) -> int:
 def test_e5_prp_lists_equal_the_reference_and_decode_again(ranges: list[Range]) -> None:
     small, large = pools()
     writer = PrpWriter(small, large)
-    prp1, prp2, blocks = writer.build(ranges)
+    prp1, prp2, chain = writer.build(ranges)
     total = sum(length for _, length in ranges)
-    memory = {block.addr: block.words for block in blocks}
+    memory = {block.addr: block.words for block in writer.blocks(chain)}
     assert decode(prp1, prp2, total, memory) == reference(ranges)
     walker = PrpWalker()
     walker.begin(prp1, prp2, total)
@@ -101,7 +101,7 @@ def test_e5_prp_lists_equal_the_reference_and_decode_again(ranges: list[Range]) 
     assert walker.status == 0
     assert reference(walker.ranges) == reference(ranges)
     assert sum(length for _, length in walker.ranges) == total
-    writer.drop(blocks)
+    writer.drop(chain)
     assert small.used == large.used == 0
 
 
@@ -123,7 +123,8 @@ def test_e5_prp_lists_equal_the_reference_and_decode_again(ranges: list[Range]) 
 def test_blocks_by_number_of_pages(pages: int, sizes: list[int]) -> None:
     """32 entries fit in a small block, 512 in a page; the 513th entry opens another page; 8 MiB needs five."""
     writer = PrpWriter(*pools())
-    _, _, blocks = writer.build([(at * 2 * PAGE + (1 << 20), PAGE) for at in range(pages)])
+    _, _, chain = writer.build([(at * 2 * PAGE + (1 << 20), PAGE) for at in range(pages)])
+    blocks = writer.blocks(chain)
     expected = sizes if pages != 2048 else [LARGE_BYTES] * 5
     assert [block.size for block in blocks] == expected
     assert all(block.addr % block.size == 0 for block in blocks)
@@ -132,14 +133,14 @@ def test_blocks_by_number_of_pages(pages: int, sizes: list[int]) -> None:
 @pytest.mark.parametrize(("tail", "size"), [(0, SMALL_BYTES), (1, LARGE_BYTES), (4095, LARGE_BYTES)])
 def test_a_partial_page_counts_as_an_entry(tail: int, size: int) -> None:
     writer = PrpWriter(*pools())
-    _, _, (block,) = writer.build([(1 << 20, 33 * PAGE + tail)])
+    (block,) = writer.blocks(writer.build([(1 << 20, 33 * PAGE + tail)])[2])
     assert block.size == size
 
 
 def test_the_last_entry_moves_to_the_next_page_and_becomes_the_link() -> None:
     writer = PrpWriter(*pools())
-    prp1, prp2, blocks = writer.build([((1 << 20) + at * 2 * PAGE, PAGE) for at in range(514)])
-    first, second = blocks
+    prp1, prp2, chain = writer.build([((1 << 20) + at * 2 * PAGE, PAGE) for at in range(514)])
+    first, second = writer.blocks(chain)
     assert prp2 == first.addr and first.words[511] == second.addr
     assert [second.words[0], second.words[1]] == [(1 << 20) + 512 * 2 * PAGE, (1 << 20) + 513 * 2 * PAGE]
     assert first.words[510] == (1 << 20) + 511 * 2 * PAGE and prp1 == 1 << 20
@@ -166,7 +167,7 @@ WRONG = {
     "build, gap": lambda w: w.build([(0x1000, 40 * PAGE), (0x3200, 0x200)]),
     "build, no address": lambda w: w.build([(0x1000, PAGE), (1 << 64, PAGE)]),
     "build, nothing": lambda w: w.build([]),
-    "batch": lambda w: w.build_batch(array("Q", [0, 1]), array("Q", [40 * PAGE, 0]), array("Q", [0, 1, 2]), words(4)),
+    "batch": lambda w: w.build_batch(words(2), array("Q", [40 * PAGE, 0]), array("Q", [0, 1, 2]), words(4), words(2)),
 }
 
 
@@ -186,7 +187,7 @@ def test_what_is_refused_leaves_the_request_as_it_was(wrong: str, fed: int) -> N
         writer.feed(addr, length)
 
     def seen() -> tuple[int, ...]:
-        blocks = (len(writer.blocks), small.used, large.used)
+        blocks = (writer.chain, small.used, large.used)
         return writer.prp1, writer.prp2, writer.left, writer.entries, *blocks
 
     before = seen()
@@ -195,10 +196,10 @@ def test_what_is_refused_leaves_the_request_as_it_was(wrong: str, fed: int) -> N
     assert seen() == before
     for addr, length in ranges[fed:]:
         writer.feed(addr, length)
-    memory = {block.addr: block.words for block in writer.blocks}
+    memory = {block.addr: block.words for block in writer.blocks(writer.chain)}
     assert decode(writer.prp1, writer.prp2, 550 * PAGE, memory) == reference(ranges)
     assert writer.left == 0
-    writer.drop(writer.blocks)
+    writer.drop(writer.chain)
     assert small.used == large.used == 0
 
 
@@ -210,14 +211,16 @@ def test_batch_equals_scalar() -> None:
     for ranges in requests:
         bounds.append(bounds[-1] + len(ranges))
     prps = memoryview(array("Q", bytes(16 * len(requests))))
-    blocks = writer.build_batch(
+    chains = array("Q", bytes(8 * len(requests)))
+    writer.build_batch(
         memoryview(array("Q", [a for a, _ in flat])),
         memoryview(array("Q", [n for _, n in flat])),
         memoryview(array("Q", bounds)),
         prps,
+        chains,
     )
     for at, ranges in enumerate(requests):
-        memory = {block.addr: block.words for block in blocks[at]}
+        memory = {block.addr: block.words for block in writer.blocks(chains[at])}
         total = sum(length for _, length in ranges)
         assert decode(prps[2 * at], prps[2 * at + 1], total, memory) == reference(ranges)
 
@@ -230,16 +233,17 @@ def test_batch_gives_every_block_back_when_one_request_is_wrong() -> None:
         memoryview(array("Q", [131072, 512, 4096])),
         memoryview(array("Q", [0, 1, 3])),
         memoryview(array("Q", bytes(32))),
+        array("Q", bytes(24)),
     ]
     with pytest.raises(MisuseError, match=r"^PRP: request 1: its bounds are wrong, or its ranges do not meet on 4096"):
         writer.build_batch(*arguments)
     assert small.used == large.used == 0
-    with pytest.raises(MisuseError, match=r"^prps: has 4 words, at least 6 are needed$"):
-        writer.build_batch(*arguments[:2], memoryview(array("Q", [0, 1, 2, 3])), arguments[3])
-    with pytest.raises(MisuseError, match=r"^addrs: must be a flat buffer of 64-bit unsigned words$"):
+    with pytest.raises(MisuseError, match=r"^pointers: has 4 words, at least 6 are needed$"):
+        writer.build_batch(*arguments[:2], memoryview(array("Q", [0, 1, 2, 3])), *arguments[3:])
+    with pytest.raises(MisuseError, match=r"^addrs: must be a contiguous buffer of unsigned 64-bit words$"):
         writer.build_batch(memoryview(b"abc"), *arguments[1:])
     with pytest.raises(MisuseError, match=r"^PRP: request 0: its bounds are wrong"):
-        writer.build_batch(*arguments[:2], memoryview(array("Q", [0, 9])), arguments[3])
+        writer.build_batch(*arguments[:2], memoryview(array("Q", [0, 9])), *arguments[3:])
 
 
 @pytest.mark.parametrize("nth", range(4))
@@ -253,8 +257,7 @@ def test_no_block_leaks_when_a_pool_runs_out(nth: int) -> None:
         with pytest.raises(ExhaustedError, match=r"^descriptor pool of 4096-byte blocks: no memory$"):
             writer.build(ranges)
     else:
-        _, _, blocks = writer.build(ranges)
-        writer.drop(blocks)
+        writer.drop(writer.build(ranges)[2])
     assert small.used == large.used == 0
 
 

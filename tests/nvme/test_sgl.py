@@ -40,13 +40,13 @@ def words(raw: bytes) -> tuple[int, int]:
 def test_e5_sgl_lists_equal_the_reference_and_decode_again(ranges: list[Range]) -> None:
     small, large = pools()
     writer = SglWriter(small, large)
-    low, high, blocks = writer.build(ranges)
+    low, high, chain = writer.build(ranges)
     expected = b"".join(descriptor(DATA, addr, length) for addr, length in ranges)
     command = struct.pack("<QQ", low, high)
     if len(ranges) == 1:
-        assert command == expected and blocks == []
+        assert command == expected and chain == 0
     else:
-        (block,) = blocks
+        (block,) = writer.blocks(chain)
         assert block.size == (SMALL_BYTES if len(ranges) <= 16 else LARGE_BYTES)
         assert command == descriptor(LAST, block.addr, len(expected))
         assert bytes(memoryview(block.words).cast("B"))[: len(expected)] == expected
@@ -55,7 +55,7 @@ def test_e5_sgl_lists_equal_the_reference_and_decode_again(ranges: list[Range]) 
     if walker.segment_bytes:
         walker.segment(expected)
     assert walker.status == 0 and walker.ranges == ranges
-    writer.drop(blocks)
+    writer.drop(chain)
     assert small.used == large.used == 0
 
 
@@ -63,7 +63,7 @@ def test_a_coalesced_request_has_one_inline_descriptor() -> None:
     writer = SglWriter(*pools())
     writer.begin(32, coalesced=True)
     writer.feed(0xFFF60000, 131072)
-    assert (writer.low, writer.high, writer.blocks) == (0xFFF60000, 131072, [])
+    assert (writer.low, writer.high, writer.chain) == (0xFFF60000, 131072, 0)
     with pytest.raises(MisuseError, match=r"^SGL: more ranges than the 1 announced$"):
         writer.feed(0x1000, 16)
 
@@ -75,17 +75,21 @@ def test_batch_equals_scalar() -> None:
     for ranges in requests:
         bounds.append(bounds[-1] + len(ranges))
     out = memoryview(array("Q", bytes(16 * len(requests))))
-    blocks = SglWriter(*pools()).build_batch(
+    chains = array("Q", bytes(8 * len(requests)))
+    batch = SglWriter(*pools())
+    batch.build_batch(
         memoryview(array("Q", [a for a, _ in flat])),
         memoryview(array("Q", [n for _, n in flat])),
         memoryview(array("Q", bounds)),
         out,
+        chains,
     )
     for at, ranges in enumerate(requests):
-        low, high, single = SglWriter(*pools()).build(ranges)
+        writer = SglWriter(*pools())
+        low, high, single = writer.build(ranges)
         assert [out[2 * at], out[2 * at + 1]] == [low, high]
-        assert [bytes(b.words[: 2 * len(ranges)]) for b in blocks[at]] == [
-            bytes(b.words[: 2 * len(ranges)]) for b in single
+        assert [bytes(b.words[: 2 * len(ranges)]) for b in batch.blocks(chains[at])] == [
+            bytes(b.words[: 2 * len(ranges)]) for b in writer.blocks(single)
         ]
 
 
@@ -96,6 +100,7 @@ def test_batch_gives_every_block_back_on_error() -> None:
         memoryview(array("Q", [512, 512, 0])),
         memoryview(array("Q", [0, 2, 3])),
         memoryview(array("Q", bytes(32))),
+        array("Q", bytes(16)),
     ]
     with pytest.raises(MisuseError, match=r"^SGL: request 1: it must have 1 to 256 ranges of 1 to 2\^32 - 1 bytes$"):
         SglWriter(small, large).build_batch(*arguments)
@@ -120,10 +125,12 @@ def test_a_refused_request_leaves_the_one_being_written(how: str) -> None:
             writer.build(ranges[:3])
     else:
         with pytest.raises(MisuseError, match=r"^SGL: request 1"):
-            writer.build_batch(*(memoryview(array("Q", a)) for a in ([1, 2, 3], [4, 4, 0], [0, 2, 3], [0] * 4)))
+            writer.build_batch(
+                *(memoryview(array("Q", a)) for a in ([1, 2, 3], [4, 4, 0], [0, 2, 3], [0] * 4, [0] * 2))
+            )
     for addr, length in ranges[7:]:
         writer.feed(addr, length)
-    assert list(writer.blocks[0].words[:40]) == [word for pair in ranges for word in pair]
+    assert list(writer.blocks(writer.chain)[0].words[:40]) == [word for pair in ranges for word in pair]
     assert (small.used, large.used, writer.entries) == (0, 1, 20)
 
 

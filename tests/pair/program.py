@@ -257,7 +257,7 @@ class Run:
         ]
         iod = self.mapper.map(Request(Op.READ if a & 2 else Op.WRITE, bvecs, limits=QueueLimits()))
         self.iods.append(iod)
-        lists = [hashlib.md5(bytes(block.words)).hexdigest() for block in iod.blocks]
+        lists = [hashlib.md5(bytes(block.words)).hexdigest() for block in self.mapper.prp.blocks(iod.chain)]
         return int(iod.status), iod.psdt, iod.low, iod.high, iod.path_name, int(iod.reason), iod.entries, lists
 
     def nvme_unmap(self, a: int, b: int, c: int, d: int) -> Any:

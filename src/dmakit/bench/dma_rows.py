@@ -97,13 +97,13 @@ def _lists(writer: Any, addrs: array[int], length: int, ranges: int, entries: in
     """ns an entry of building lists for requests of ``ranges`` ranges each."""
     requests = len(addrs) // ranges
     lengths, out = array("Q", [length]) * len(addrs), array("Q", [0]) * (2 * requests)
-    bounds = array("Q", range(0, len(addrs) + 1, ranges))
+    bounds, chains = array("Q", range(0, len(addrs) + 1, ranges)), array("Q", [0]) * requests
     spent = 0
     for turn in range(_TURNS + 1):
         begin = perf_counter_ns()
-        built = writer.build_batch(addrs, lengths, bounds, out)
+        writer.build_batch(addrs, lengths, bounds, out, chains)
         took = perf_counter_ns() - begin
-        writer.drop_batch(built)
+        writer.drop_batch(chains)
         spent += took if turn else 0
     return spent / (_TURNS * requests * entries)
 

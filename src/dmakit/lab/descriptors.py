@@ -8,14 +8,13 @@ ranges found there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dmakit.consts import PSDT_PRP
 from dmakit.errors import FaultError
 from dmakit.nvme.iod import Iod
 from dmakit.nvme.listed import Ranges, describe
 from dmakit.nvme.mapping import RequestMapper
-from dmakit.nvme.pool import Block
 from dmakit.nvme.prp import PrpWalker
 from dmakit.nvme.sgl import SglWalker
 
@@ -28,7 +27,7 @@ class Descriptors:
     low: int
     high: int
     size: int
-    blocks: list[Block] = field(default_factory=list)
+    chain: int = 0
 
     @classmethod
     def of(cls, iod: Iod, size: int) -> Descriptors:
@@ -44,13 +43,12 @@ class DescriptorWriter:
 
     def write(self, ranges: Ranges, size: int) -> Descriptors:
         """PRPs or an SGL; ExhaustedError (nothing kept) when no block can be had."""
-        psdt, low, high, blocks, _ = describe(self.mapper, ranges, size)
-        return Descriptors(psdt, low, high, size, blocks)
+        psdt, low, high, chain, _ = describe(self.mapper, ranges, size)
+        return Descriptors(psdt, low, high, size, chain)
 
     def drop(self, descriptors: Descriptors) -> None:
         """Give list blocks back."""
-        writer = self.mapper.prp if descriptors.psdt == PSDT_PRP else self.mapper.sgl
-        writer.drop(descriptors.blocks)
+        self.mapper.prp.drop(descriptors.chain)
 
 
 def fetch(dma_read: Callable[[int, int], bytes], wanted: Descriptors, *, to_host: bool) -> Ranges:

@@ -17,7 +17,7 @@ cdef class Iod:
     cdef public unsigned long long total
     cdef public object state
     cdef readonly int map_type
-    cdef public list blocks
+    cdef public unsigned long long chain
     cdef unsigned long long[::1] kept
     cdef readonly Py_ssize_t kept_count
     cdef public int entries

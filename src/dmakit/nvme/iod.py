@@ -11,7 +11,7 @@ Models ``struct nvme_iod`` of ``drivers/nvme/host/pci.c``.
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cython
 
@@ -20,9 +20,6 @@ from dmakit.errors import MisuseError
 if not cython.compiled:
     from dmakit.block.request import Request
     from dmakit.consts import P2P_MAP_NONE, PATH_NO_DATA
-
-if TYPE_CHECKING:
-    from dmakit.nvme.pool import Block
 
 PATHS = ("no-data", "map_phys", "two-step", "bus", "per-segment", "failed", "map_phys each", "map_sg", "registered")
 FAST_PATHS = frozenset({"no-data", "map_phys", "two-step", "bus", "map_phys each", "map_sg", "registered"})
@@ -38,9 +35,9 @@ class Iod:
     """The mapping of one request; ``status`` is a ``BlkStatus``, OK while it is usable.
 
     ``cpu``: who mapped; ``psdt``: which form ``low``/``high`` have (``consts.PSDT_*``); ``mptr``: the metadata pointer;
-    ``blocks``: list blocks in chain order; ``vectors``: (address, length) that must be unmapped one by one; ``path``
-    (``consts.PATH_*``) and ``reason``: the way taken and the branch that chose it; ``error``: the exception behind a
-    bad status. Compiled callers use one Iod for one request after the other (``_reset``).
+    ``chain``: the list blocks (``nvme.lists``); ``vectors``: (address, length) that must be unmapped one by one;
+    ``path`` (``consts.PATH_*``) and ``reason``: the way taken and the branch that chose it; ``error``: the exception
+    behind a bad status. Compiled callers use one Iod for one request after the other (``_reset``).
     """
 
     def __init__(self, request: Request) -> None:
@@ -61,7 +58,7 @@ class Iod:
         self.total = 0
         self.state: Any = None
         self.map_type = P2P_MAP_NONE
-        self.blocks: list[Block] = []
+        self.chain = 0
         self.kept_count = 0
         self.entries = 0
         self.meta_state: Any = None

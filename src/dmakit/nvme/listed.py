@@ -52,8 +52,8 @@ def _fit_prps(ranges: Ranges) -> bool:
     return True
 
 
-def describe(mapper: RequestMapper, ranges: Ranges, size: int) -> tuple[int, int, int, list[Any], int]:
-    """An SGL or PRPs for ``size`` bytes in device ranges: (PSDT, low, high, list blocks, entries).
+def describe(mapper: RequestMapper, ranges: Ranges, size: int) -> tuple[int, int, int, int, int]:
+    """An SGL or PRPs for ``size`` bytes in device ranges: (PSDT, low, high, chain of list blocks, entries).
 
     ExhaustedError when no list block can be had, MisuseError when PRPs cannot say it; then nothing is kept.
     """
@@ -95,7 +95,7 @@ class Listed(ABC):
         iod.flags |= IOD_DATA_MAPPED
         iod.path, iod.total = self.path, iod.request.data.size
         try:
-            iod.psdt, iod.low, iod.high, iod.blocks, iod.entries = describe(self.requests, ranges, iod.total)
+            iod.psdt, iod.low, iod.high, iod.chain, iod.entries = describe(self.requests, ranges, iod.total)
         except DmakitError as error:
             self.unmap(iod)
             return self._fail(iod, error)
@@ -112,8 +112,8 @@ class Listed(ABC):
             return
         iod.flags &= ~IOD_DATA_MAPPED
         token, iod.state = iod.state, None
-        writer = self.requests.prp if iod.psdt == PSDT_PRP else self.requests.sgl
-        writer.drop(iod.blocks)
+        self.requests.prp.drop(iod.chain)
+        iod.chain = 0
         self.release(iod.request, token, iod.request.cpu if cpu is None else cpu)
 
     @abstractmethod

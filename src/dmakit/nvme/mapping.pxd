@@ -4,7 +4,7 @@ from dmakit.consts cimport *
 from dmakit.dma.device cimport Device
 from dmakit.ledger cimport Ledger
 from dmakit.nvme.iod cimport Iod
-from dmakit.nvme.pool cimport Block, DescriptorPool
+from dmakit.nvme.pool cimport DescriptorPool
 from dmakit.nvme.prp cimport PrpWriter
 from dmakit.nvme.sgl cimport SglWriter
 
@@ -37,13 +37,13 @@ cdef class RequestMapper:
     cdef int _map_data(self, Iod iod, Request request, bint admin) except -1
     cdef int _map_simple(self, Iod iod, Request request, int choice) except -2
     cdef int _write_prps(self, Iod iod, Request request) except -1
-    cdef int _save(self, Iod iod) except -1
+    cdef int _save(self, Iod iod) except? -1
     cdef int _write_sgl(self, Iod iod, Request request) except -1
-    cdef int _end(self, Iod iod, int status, int reason) except -1
+    cdef int _failed(self, Iod iod, object lacking) except -1
+    cdef int _end(self, Iod iod) except -1
     cdef int _unmap_one(
         self, Device own, unsigned long long addr, unsigned long long length, int direction, int attrs,
         int cpu) except -1
     cdef int _fail(self, Iod iod, object error, int reason) except -1
     cdef int _unmap_data(self, Iod iod, int cpu) except -1
     cdef int _unmap_listed(self, Device own, Iod iod, int attrs, int cpu) except -1
-    cdef int _drop(self, Iod iod) except -1

@@ -34,6 +34,7 @@ if not cython.compiled:
     from dmakit.block.request import Request
     from dmakit.consts import (
         ATTR_MMIO,
+        ENOMEM,
         IOD_DATA_MAPPED,
         IOD_META_MAPPED,
         IOD_SINGLE_SEGMENT,
@@ -60,7 +61,7 @@ if not cython.compiled:
     from dmakit.dma.device import Device
     from dmakit.ledger import Ledger
     from dmakit.nvme.iod import Iod
-    from dmakit.nvme.pool import Block, DescriptorPool
+    from dmakit.nvme.pool import DescriptorPool
     from dmakit.nvme.prp import PrpWriter
     from dmakit.nvme.sgl import SglWriter
 
@@ -246,75 +247,82 @@ class RequestMapper:
         """Feed every range to the PRP writer, mapping as it goes."""
         walk: BlkDmaIter = self.walk
         prp: PrpWriter = self.prp
+        failed: cython.int = 0
+        lacking: object = None
         prp._begin(request.data.size)
-        iod.blocks = prp.blocks
         iod.psdt = PSDT_PRP
-        try:
-            while True:
-                iod.total += walk.len
-                self._save(iod)
-                if prp._feed(walk.addr, walk.len) != 0:
-                    iod.status = _IOERR
-                    break
-                if not walk._next():
-                    iod.status = walk.status
-                    break
-        except DmakitError as error:
-            iod.status = _RESOURCE
-            iod.error = error
+        while True:
+            iod.total += walk.len
+            failed = self._save(iod)
+            if failed != 0:
+                lacking = ExhaustedError("no memory for the vectors of a request that is mapped segment by segment")
+                break
+            failed = prp._feed(walk.addr, walk.len)
+            if failed != 0:
+                lacking = prp._lacking() if failed == -ENOMEM else None
+                break
+            if not walk._next():
+                iod.status = walk.status
+                break
+        iod.chain = prp.chain
         iod.low = prp.prp1
         iod.high = prp.prp2
         iod.entries = prp.entries
-        return self._end(iod, iod.status, _MALFORMED)
+        if failed != 0:
+            self._failed(iod, lacking)
+        return self._end(iod)
 
     def _save(self, iod: Iod) -> cython.int:
-        """Keep a range that must be unmapped by itself and that PRPs cannot give back."""
+        """Keep a range that must be unmapped by itself and that PRPs cannot give back; -ENOMEM without memory."""
         own: Device | None = self.walk.own
         if iod.state is not None or iod.map_type == P2P_MAP_BUS_ADDR:
             return 0
         if not (self.device.need_unmap() if own is None else own._need_unmap()):
             return 0
         iod._keep(self.walk.addr, self.walk.len)
-        if iod.kept_count == 1 and self.small.fail._hit():
-            raise ExhaustedError("no memory for the vectors of a request that is mapped segment by segment")
-        return 0
+        return -ENOMEM if iod.kept_count == 1 and self.small.fail._hit() else 0
 
     def _write_sgl(self, iod: Iod, request: Request) -> cython.int:
         """Feed every range to the SGL writer, mapping as it goes."""
         walk: BlkDmaIter = self.walk
         sgl: SglWriter = self.sgl
+        failed: cython.int = sgl._begin(request.data.segments, walk.state is not None)
         iod.psdt = PSDT_SGL_METABUF
-        try:
-            sgl._begin(request.data.segments, walk.state is not None)
-            iod.blocks = sgl.blocks
-            while True:
-                if sgl._feed(walk.addr, walk.len) != 0:
-                    iod._keep(walk.addr, walk.len)
-                    iod.status = _IOERR
-                    break
-                iod.total += walk.len
-                if not walk._next():
-                    iod.status = walk.status
-                    break
-            sgl._finish()
-            iod.low = sgl.low
-            iod.high = sgl.high
-            iod.entries = sgl.entries
-        except DmakitError as error:
+        if failed != 0:
             iod.total = walk.len
             iod.low = walk.addr
             iod.high = walk.len
             iod.entries = 1
-            iod.status = _RESOURCE
-            iod.error = error
-        return self._end(iod, iod.status, _MALFORMED)
+            self._failed(iod, sgl._lacking())
+            return self._end(iod)
+        iod.chain = sgl.chain
+        while True:
+            if sgl._feed(walk.addr, walk.len) != 0:
+                iod._keep(walk.addr, walk.len)
+                self._failed(iod, None)
+                break
+            iod.total += walk.len
+            if not walk._next():
+                iod.status = walk.status
+                break
+        sgl._finish()
+        iod.low = sgl.low
+        iod.high = sgl.high
+        iod.entries = sgl.entries
+        return self._end(iod)
 
-    def _end(self, iod: Iod, status: cython.int, reason: cython.int) -> cython.int:
+    def _failed(self, iod: Iod, lacking: object) -> cython.int:
+        """Note that descriptors could not be written: the memory that was lacking, or None for malformed segments."""
+        iod.status = _IOERR if lacking is None else _RESOURCE
+        iod.error = lacking
+        return 0
+
+    def _end(self, iod: Iod) -> cython.int:
         """After writing descriptors: undo everything when that failed."""
-        error: object
-        if status == 0:
+        error: object = iod.error
+        reason: cython.int = _MALFORMED
+        if iod.status == 0:
             return 0
-        error = iod.error
         if error is not None:
             reason = _DESCRIPTORS_EXHAUSTED
         elif self.walk.error is not None:
@@ -350,29 +358,27 @@ class RequestMapper:
             self._unmap_listed(own, iod, attrs, cpu)
         iod.state = None
         iod.flags &= ~(IOD_DATA_MAPPED | IOD_SINGLE_SEGMENT)
-        return self._drop(iod)
+        self.prp._drop(iod.chain)
+        iod.chain = 0
+        return 0
 
     def _unmap_listed(self, own: Device | None, iod: Iod, attrs: cython.int, cpu: cython.int) -> cython.int:
         """Unmap range by range: from the kept vectors, and from what an SGL says."""
         at: cython.Py_ssize_t = 0
-        block: Block
-        if iod.psdt != PSDT_PRP and iod.blocks:
-            block = iod.blocks[0]
-            if not 0 <= iod.entries <= block.size >> 4:
-                raise MisuseError(f"entries={iod.entries}: the list block holds {block.size >> 4}")
+        if iod.psdt != PSDT_PRP and iod.chain != 0 and not self.sgl._look(iod.chain, iod.entries):
+            raise MisuseError(f"chain={iod.chain}, entries={iod.entries}: no list block that holds so many")
         while at < iod.kept_count:
             self._unmap_one(own, iod.kept[2 * at], iod.kept[2 * at + 1], iod.direction, attrs, cpu)
             at += 1
         iod.kept_count = 0
         if iod.psdt == PSDT_PRP:
             return 0
-        if not iod.blocks:
+        if iod.chain == 0:
             self._unmap_one(own, iod.low, iod.high, iod.direction, attrs, cpu)
             return 0
-        block = iod.blocks[0]
         at = 0
         while at < iod.entries:
-            self._unmap_one(own, block.words[2 * at], block.words[2 * at + 1], iod.direction, attrs, cpu)
+            self._unmap_one(own, self.sgl.words[2 * at], self.sgl.words[2 * at + 1], iod.direction, attrs, cpu)
             at += 1
         return 0
 
@@ -390,15 +396,4 @@ class RequestMapper:
             self.device.unmap_phys(addr, length, direction, attrs, cpu=cpu)
         elif own._unmap_phys(addr, length, direction, attrs, cpu) != 0:
             raise MisuseError(f"unmap_phys: nothing is mapped at {int(addr):#x}", rule="not-mapped")
-        return 0
-
-    def _drop(self, iod: Iod) -> cython.int:
-        """Give list blocks back."""
-        block: Block
-        for block in iod.blocks:
-            if block.size == self.small.size:
-                self.small._free(block)
-            else:
-                self.large._free(block)
-        iod.blocks = []
         return 0

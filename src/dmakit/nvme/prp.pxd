@@ -1,5 +1,6 @@
 from dmakit.consts cimport *
-from dmakit.nvme.pool cimport Block, DescriptorPool
+from dmakit.nvme.lists cimport ListWriter
+from dmakit.nvme.pool cimport DescriptorPool
 
 cdef int _PER_SMALL
 cdef unsigned long long _MAX_TOTAL
@@ -7,25 +8,20 @@ cdef int _BAD_OFFSET
 
 cdef void _run(unsigned long long* words, Py_ssize_t count, unsigned long long addr) noexcept nogil
 
-cdef class PrpWriter:
-    cdef readonly DescriptorPool small
-    cdef readonly DescriptorPool large
+cdef class PrpWriter(ListWriter):
     cdef readonly unsigned long long prp1
     cdef readonly unsigned long long prp2
     cdef readonly unsigned long long left
-    cdef readonly list blocks
-    cdef list batch
     cdef readonly int entries
-    cdef Block block
     cdef int slot
     cdef int stage
-    cdef void _begin(self, unsigned long long total) noexcept
-    cdef int _feed(self, unsigned long long addr, unsigned long long length) except 1
-    cdef unsigned long long _pages(self, unsigned long long addr, unsigned long long length) noexcept
-    cdef int _open(self) except -1
-    cdef int _chain(self) except -1
-    cdef Py_ssize_t _batch(self, unsigned long long[::1] addrs, unsigned long long[::1] lengths,
-                           unsigned long long[::1] bounds, unsigned long long[::1] prps) except -2
+    cdef Py_ssize_t at
+    cdef void _begin(self, unsigned long long total) noexcept nogil
+    cdef int _feed(self, unsigned long long addr, unsigned long long length) except? -1 nogil
+    cdef unsigned long long _pages(self, unsigned long long addr, unsigned long long length) noexcept nogil
+    cdef int _open(self) except? -1 nogil
+    cdef int _chain(self) except? -1 nogil
+    cdef void _link(self, Py_ssize_t block, unsigned long long addr) noexcept nogil
 
 cdef class PrpWalker:
     cdef readonly unsigned long long[::1] addr

@@ -26,12 +26,13 @@ from array import array
 import cython
 
 from dmakit.errors import MisuseError
-from dmakit.nvme.pool import words_of
+from dmakit.iova.arguments import pairs
 from dmakit.nvme.spec import Status
 
 if not cython.compiled:
-    from dmakit.consts import EIO, PAGE_MASK_LOW, PAGE_SIZE
-    from dmakit.nvme.pool import Block, DescriptorPool
+    from dmakit.consts import EIO, ENOMEM, PAGE_MASK_LOW, PAGE_SIZE
+    from dmakit.nvme.lists import ListWriter
+    from dmakit.nvme.pool import DescriptorPool
 
 _PER_SMALL = 32
 _MAX_TOTAL = (1 << 32) - 1
@@ -52,33 +53,32 @@ def _run(words: memoryview[int], count: cython.Py_ssize_t, addr: cython.ulonglon
         i += 1
 
 
+@cython.final
 @cython.cclass
-class PrpWriter:
+class PrpWriter(ListWriter):
     """Writes the PRPs of one request at a time into blocks of the two pools."""
 
+    kind = "PRP"
+
     def __init__(self, small: DescriptorPool, large: DescriptorPool) -> None:
-        self.small = small
-        self.large = large
-        self.blocks: list[Block] = []
-        self.batch: list[list[Block]] = []
+        ListWriter.__init__(self, small, large)
         self._begin(0)
 
     def _begin(self, total: cython.ulonglong) -> cython.void:
         """Start a request of ``total`` bytes; forgets the blocks of the one before (they belong to its owner)."""
+        self._restart()
         self.prp1 = 0
         self.prp2 = 0
         self.left = total
         self.entries = 0
         self.slot = 0
         self.stage = 0
-        self.blocks = []
 
     def _feed(self, addr: cython.ulonglong, length: cython.ulonglong) -> cython.int:
-        """Append a mapped range; 0, or -EIO when the ranges do not meet on pages or exceed the total.
-
-        Raises ExhaustedError when a list page cannot be had; ``blocks`` then holds what was taken before.
-        """
+        """Append a mapped range; 0, or -EIO when the ranges do not meet on pages or exceed the total, or -ENOMEM when a
+        list page cannot be had (``chain`` then holds what was taken before)."""
         take: cython.ulonglong
+        failed: cython.int
         while length > 0:
             if self.stage == 2 and addr & PAGE_MASK_LOW == 0:
                 take = self._pages(addr, length if length < self.left else self.left)
@@ -97,11 +97,14 @@ class PrpWriter:
             elif self.stage == 1 and self.left <= PAGE_SIZE:
                 self.prp2 = addr
             else:
+                failed = 0
                 if self.stage == 1:
-                    self._open()
+                    failed = self._open()
                 elif self.slot == 512:
-                    self._chain()
-                self.block.words[self.slot] = addr
+                    failed = self._chain()
+                if failed != 0:
+                    return failed
+                self.words[self.slot] = addr
                 self.slot += 1
             self.entries += 1
             addr += take
@@ -117,9 +120,9 @@ class PrpWriter:
         if count <= 0:
             return 0
         if cython.compiled:
-            _run(cython.address(self.block.words[self.slot]), count, addr)
+            _run(self.words + self.slot, count, addr)
         else:
-            _run(self.block.words[self.slot :], count, addr)
+            _run(self.words[self.slot :], count, addr)
         self.slot += count
         self.entries += count
         length = count
@@ -129,26 +132,66 @@ class PrpWriter:
 
     def _open(self) -> cython.int:
         """Take the first list block; small when everything that is left fits in it."""
-        block: Block
-        if (self.left + PAGE_MASK_LOW) >> 12 <= _PER_SMALL:
-            block = self.small._alloc()
-        else:
-            block = self.large._alloc()
-        self.blocks.append(block)
-        self.prp2 = block.addr
-        self.block = block
-        self.stage = 2
-        return 0
+        failed: cython.int = self._first((self.left + PAGE_MASK_LOW) >> 12 > _PER_SMALL)
+        if failed == 0:
+            self.prp2 = self.addr
+            self.stage = 2
+        return failed
 
     def _chain(self) -> cython.int:
         """Take another list page: the last entry moves there, the link takes its place."""
-        block: Block = self.large._alloc()
-        self.blocks.append(block)
-        block.words[0] = self.block.words[self.slot - 1]
-        self.block.words[self.slot - 1] = block.addr
-        self.block = block
-        self.slot = 1
-        return 0
+        before: cython.Py_ssize_t = self.tail
+        moved: cython.ulonglong = self.words[511]
+        failed: cython.int = self._further()
+        if failed == 0:
+            self._link(before, self.addr)
+            self.words[0] = moved
+            self.slot = 1
+        return failed
+
+    def _link(self, block: cython.Py_ssize_t, addr: cython.ulonglong) -> cython.void:
+        """Point a full list page to the next."""
+        if cython.compiled:
+            cython.cast("unsigned long long*", self.large.places[block])[511] = addr
+        else:
+            self.large._view(block)[511] = addr
+
+    def _build(
+        self, addrs: memoryview[int], lengths: memoryview[int], first: cython.Py_ssize_t, end: cython.Py_ssize_t
+    ) -> cython.int:
+        at: cython.Py_ssize_t = first
+        total: cython.ulonglong = 0
+        failed: cython.int = 0
+        while at < end:
+            total += lengths[at]
+            if lengths[at] == 0 or lengths[at] > _MAX_TOTAL or total > _MAX_TOTAL:
+                failed = -EIO
+                break
+            at += 1
+        self._begin(total)
+        if failed != 0 or total == 0:
+            return -EIO
+        at = first
+        while at < end and failed == 0:
+            self.at = at
+            failed = self._feed(addrs[at], lengths[at])
+            at += 1
+        return failed
+
+    def _word(self, high: cython.bint) -> cython.ulonglong:
+        return self.prp2 if high else self.prp1
+
+    def _kept(self) -> tuple[int, ...]:
+        return self.prp1, self.prp2, self.left, self.entries, self.slot, self.stage, self.chain, self.tail
+
+    def _restore(self, kept: tuple[int, ...]) -> None:
+        self.prp1, self.prp2, self.left, self.entries, self.slot, self.stage, self.chain, self.tail = kept
+        self._reopened()
+
+    def _refused(self, at: int) -> MisuseError:
+        return MisuseError(
+            f"PRP: request {at}: its bounds are wrong, or its ranges do not meet on 4096-byte pages", errno.EIO
+        )
 
     def begin(self, total: int) -> None:
         """Start a request of ``total`` bytes."""
@@ -159,124 +202,57 @@ class PrpWriter:
     def feed(self, addr: int, length: int) -> None:
         """Append the mapped range [addr, addr+length).
 
-        A range that is refused leaves the request as it was. After an ExhaustedError begin anew: ``blocks`` are those
-        to ``drop``.
+        A range that is refused leaves the request as it was. After an ExhaustedError begin anew: ``chain`` is what to
+        ``drop``.
         """
-        if not 0 <= addr < 1 << 63 or length <= 0 or length >= 1 << 32:
-            raise MisuseError(
-                f"PRP: range (addr={addr:#x}, length={length}): addr must lie in [0, 2^63), length above 0"
-            )
+        _checked(addr, length)
+        self._writing()
         begins = self.stage == 0 or addr & PAGE_MASK_LOW == 0
         ends = length == self.left or (addr + length) & PAGE_MASK_LOW == 0
-        if length > self.left or not begins or not ends or self._feed(addr, length):
-            raise MisuseError(
-                f"PRP: range (addr={addr:#x}, length={length}) does not continue the request: ranges must meet on "
-                f"{4096}-byte pages and stay within the total",
-                errno.EIO,
-            )
+        if length > self.left or not begins or not ends:
+            raise _discontinuous(addr, length)
+        failed = int(self._feed(addr, length))
+        if failed == -ENOMEM:
+            raise self._lacking()
+        if failed != 0:
+            raise _discontinuous(addr, length)
 
-    def build(self, ranges: list[tuple[int, int]]) -> tuple[int, int, list[Block]]:
-        """(PRP1, PRP2, list blocks) for the ranges, (address, bytes) pairs, of one request.
+    def build(self, ranges: list[tuple[int, int]]) -> tuple[int, int, int]:
+        """(PRP1, PRP2, chain of list blocks) for the ranges, (address, bytes) pairs, of one request.
 
         MisuseError (EIO where ranges do not meet on pages), ExhaustedError without memory for a list; the blocks are
         then given back, and the writer is as it was.
         """
+        given = pairs("ranges", ranges)
+        total = sum(length for _, length in given)
+        if total <= 0 or total >= 1 << 32:
+            raise MisuseError(f"PRP: total={total}: must lie in [1, 2^32)")
+        for addr, length in given:
+            _checked(addr, length)
         before = self._kept()
-        self.begin(sum(length for _, length in ranges))
-        try:
-            for addr, length in ranges:
-                self.feed(addr, length)
-        except BaseException:
-            self.drop(self.blocks)
+        addrs, lengths = (memoryview(array("Q", column)) for column in zip(*given, strict=True))
+        failed = int(self._build(addrs, lengths, 0, len(given)))
+        if failed != 0:
+            error = self._lacking() if failed == -ENOMEM else _discontinuous(*given[self.at])
+            self._drop(self.chain)
             self._restore(before)
-            raise
-        return self.prp1, self.prp2, self.blocks
+            raise error
+        return self.prp1, self.prp2, self.chain
 
-    def build_batch(
-        self,
-        addrs: memoryview[int],
-        lengths: memoryview[int],
-        bounds: memoryview[int],
-        prps: memoryview[int],
-    ) -> list[list[Block]]:
-        """PRPs of many requests at once.
 
-        ``addrs`` and ``lengths`` hold all ranges (uint64), request i has those from ``bounds[i]`` to ``bounds[i+1]``;
-        ``prps`` receives PRP1 and PRP2 of request i at 2i and 2i+1. Returns the list blocks of each request.
-        MisuseError (EIO for a request that PRPs cannot describe) and ExhaustedError give every block of the batch back
-        and leave the writer as it was.
-        """
-        before = self._kept()
-        blocks: list[list[Block]] = []
-        self.batch = blocks
-        out = words_of("prps", prps, 2 * len(bounds) - 2)
-        try:
-            failed = self._batch(
-                words_of("addrs", addrs), words_of("lengths", lengths), words_of("bounds", bounds, 1), out
-            )
-            if failed >= 0:
-                raise MisuseError(
-                    f"PRP: request {failed}: its bounds are wrong, or its ranges do not meet on 4096-byte pages",
-                    errno.EIO,
-                )
-        except BaseException:
-            self.drop_batch(blocks)
-            self._restore(before)
-            raise
-        return blocks
+def _checked(addr: int, length: int) -> None:
+    """MisuseError for what is no range."""
+    if not 0 <= addr < 1 << 63 or length <= 0 or length >= 1 << 32:
+        raise MisuseError(f"PRP: range (addr={addr:#x}, length={length}): addr must lie in [0, 2^63), length above 0")
 
-    def _batch(
-        self,
-        addrs: memoryview[int],
-        lengths: memoryview[int],
-        bounds: memoryview[int],
-        prps: memoryview[int],
-    ) -> cython.Py_ssize_t:
-        """Build every request; -1, or the number of the one whose ranges PRPs cannot describe."""
-        i: cython.Py_ssize_t
-        j: cython.Py_ssize_t
-        total: cython.ulonglong
-        for i in range(len(bounds) - 1):
-            if bounds[i + 1] < bounds[i] or bounds[i + 1] > len(addrs) or bounds[i + 1] > len(lengths):
-                return i
-            total = 0
-            for j in range(bounds[i], bounds[i + 1]):
-                total += lengths[j]
-            if total == 0 or total > _MAX_TOTAL:
-                return i
-            self._begin(total)
-            self.batch.append(self.blocks)
-            for j in range(bounds[i], bounds[i + 1]):
-                if lengths[j] == 0 or self._feed(addrs[j], lengths[j]) != 0:
-                    return i
-            prps[2 * i] = self.prp1
-            prps[2 * i + 1] = self.prp2
-        return -1
 
-    def _kept(self) -> tuple[int, int, int, int, int, int, list[Block]]:
-        """Where the request being written stands."""
-        return self.prp1, self.prp2, self.left, self.entries, self.slot, self.stage, self.blocks
-
-    def _restore(self, kept: tuple[int, int, int, int, int, int, list[Block]]) -> None:
-        """Go on with the request that ``_kept`` saw; the block being written is the last of its list."""
-        self.prp1, self.prp2, self.left, self.entries, self.slot, self.stage, self.blocks = kept
-        if self.blocks:
-            self.block = self.blocks[len(self.blocks) - 1]  # compiled, -1 is no index
-
-    def drop(self, blocks: list[Block]) -> None:
-        """Give list blocks back to their pools."""
-        block: Block
-        for block in blocks:
-            if block.size == self.small.size:
-                self.small._free(block)
-            else:
-                self.large._free(block)
-        blocks.clear()
-
-    def drop_batch(self, batch: list[list[Block]]) -> None:
-        """Give back every list block of ``build_batch``."""
-        for blocks in batch:
-            self.drop(blocks)
+def _discontinuous(addr: int, length: int) -> MisuseError:
+    """A range that the request cannot go on with."""
+    return MisuseError(
+        f"PRP: range (addr={addr:#x}, length={length}) does not continue the request: ranges must meet on 4096-byte "
+        f"pages and stay within the total",
+        errno.EIO,
+    )
 
 
 @cython.cclass

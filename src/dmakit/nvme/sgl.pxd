@@ -1,11 +1,12 @@
 from dmakit.consts cimport *
-from dmakit.nvme.pool cimport Block, DescriptorPool
+from dmakit.nvme.lists cimport ListWriter
+from dmakit.nvme.pool cimport DescriptorPool
 
 cdef int _PER_SMALL
 cdef int _MAX_DESCRIPTORS
 cdef unsigned long long _BUCKET
 cdef unsigned long long _LAST_SEGMENT
-cdef unsigned long long _MAX_ENTRIES
+cdef int _MAX_ENTRIES
 cdef unsigned long long _LENGTH_MASK
 cdef int _BAD_SEGMENT
 cdef int _BAD_NUMBER
@@ -14,21 +15,15 @@ cdef int _BAD_GRAIN
 cdef int _BAD_DATA_LENGTH
 cdef int _BAD_META_LENGTH
 
-cdef class SglWriter:
-    cdef readonly DescriptorPool small
-    cdef readonly DescriptorPool large
+cdef class SglWriter(ListWriter):
     cdef readonly unsigned long long low
     cdef readonly unsigned long long high
-    cdef readonly list blocks
-    cdef list batch
     cdef readonly int entries
     cdef readonly int room
-    cdef Block block
-    cdef int _begin(self, int entries, bint coalesced) except -1
-    cdef int _feed(self, unsigned long long addr, unsigned long long length) noexcept
-    cdef void _finish(self) noexcept
-    cdef Py_ssize_t _batch(self, unsigned long long[::1] addrs, unsigned long long[::1] lengths,
-                           unsigned long long[::1] bounds, unsigned long long[::1] descriptors) except -2
+    cdef int _begin(self, int entries, bint coalesced) except? -1 nogil
+    cdef int _feed(self, unsigned long long addr, unsigned long long length) noexcept nogil
+    cdef void _finish(self) noexcept nogil
+    cdef bint _look(self, unsigned long long chain, int entries) noexcept nogil
 
 cdef class SglWalker:
     cdef readonly unsigned long long[::1] addr

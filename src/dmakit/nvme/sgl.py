@@ -23,12 +23,13 @@ from array import array
 import cython
 
 from dmakit.errors import MisuseError
-from dmakit.nvme.pool import words_of
+from dmakit.iova.arguments import pairs
 from dmakit.nvme.spec import Status
 
 if not cython.compiled:
-    from dmakit.consts import EIO
-    from dmakit.nvme.pool import Block, DescriptorPool
+    from dmakit.consts import EINVAL, EIO
+    from dmakit.nvme.lists import ListWriter
+    from dmakit.nvme.pool import DescriptorPool
 
 BIT_BUCKET = (1 << 64) - 1
 MAX_ENTRIES = 256
@@ -48,37 +49,38 @@ _BAD_DATA_LENGTH = int(Status.DATA_SGL_LENGTH_INVALID)
 _BAD_META_LENGTH = int(Status.METADATA_SGL_LENGTH_INVALID)
 
 
+@cython.final
 @cython.cclass
-class SglWriter:
+class SglWriter(ListWriter):
     """Writes the SGL of one request at a time; ``low`` and ``high`` are the command's descriptor as two words."""
 
+    kind = "SGL"
+
     def __init__(self, small: DescriptorPool, large: DescriptorPool) -> None:
-        self.small = small
-        self.large = large
-        self.blocks: list[Block] = []
-        self.batch: list[list[Block]] = []
+        ListWriter.__init__(self, small, large)
         self.low = 0
         self.high = 0
         self.entries = 0
         self.room = 0
 
     def _begin(self, entries: cython.int, coalesced: cython.bint) -> cython.int:
-        """Start a request of at most ``entries`` ranges; ``coalesced``: they became one.
+        """Start a request of at most ``entries`` ranges (``coalesced``: they became one).
 
-        Raises ExhaustedError when a list cannot be had; the request before is then still the one being written.
+        -ENOMEM when a list cannot be had, and then there is no request; -EINVAL for more ranges than a list holds.
         """
-        blocks: list[Block] = []
-        block: Block
-        if entries > 1 and not coalesced:
-            block = self.small._alloc() if entries <= _PER_SMALL else self.large._alloc()
-            blocks.append(block)
-            self.block = block
-        self.blocks = blocks
-        self.room = 1 if coalesced else entries
+        failed: cython.int = 0
+        self._restart()
+        self.room = 0
         self.entries = 0
         self.low = 0
         self.high = 0
-        return 0
+        if entries > _MAX_ENTRIES:
+            return -EINVAL
+        if entries > 1 and not coalesced:
+            failed = self._first(entries > _PER_SMALL)
+        if failed == 0:
+            self.room = 1 if coalesced else entries
+        return failed
 
     def _feed(self, addr: cython.ulonglong, length: cython.ulonglong) -> cython.int:
         """Append a mapped range; 0, or -EIO when there are more ranges than announced."""
@@ -88,127 +90,107 @@ class SglWriter:
             self.low = addr
             self.high = length
         else:
-            self.block.words[2 * self.entries] = addr
-            self.block.words[2 * self.entries + 1] = length
+            self.words[2 * self.entries] = addr
+            self.words[2 * self.entries + 1] = length
         self.entries += 1
         return 0
 
     def _finish(self) -> cython.void:
         """Point the command at the list, when there is one."""
-        block: Block
         if self.room > 1:
-            block = self.blocks[0]
-            self.low = block.addr
+            self.low = self.addr
             self.high = _LAST_SEGMENT | (16 * self.entries)
 
+    def _look(self, chain: cython.ulonglong, entries: cython.int) -> cython.bint:
+        """Find the list of a request that was written before: ``words``; False when it does not hold ``entries``."""
+        block: cython.Py_ssize_t = (chain >> 1) - 1
+        large: cython.bint = chain & 1 != 0
+        if chain == 0 or entries < 0 or entries > (_MAX_ENTRIES if large else _PER_SMALL):
+            return False
+        if not (self.large._held(block) if large else self.small._held(block)):
+            return False
+        self._at(block, large)
+        return True
+
+    def _build(
+        self, addrs: memoryview[int], lengths: memoryview[int], first: cython.Py_ssize_t, end: cython.Py_ssize_t
+    ) -> cython.int:
+        at: cython.Py_ssize_t = first
+        failed: cython.int
+        while at < end:
+            if lengths[at] == 0 or lengths[at] > _LENGTH_MASK:
+                self._begin(0, True)
+                return -EIO
+            at += 1
+        if end - first < 1 or end - first > _MAX_ENTRIES:
+            self._begin(0, True)
+            return -EIO
+        failed = self._begin(end - first, False)
+        at = first
+        while at < end and failed == 0:
+            failed = self._feed(addrs[at], lengths[at])
+            at += 1
+        self._finish()
+        return failed
+
+    def _word(self, high: cython.bint) -> cython.ulonglong:
+        return self.high if high else self.low
+
+    def _kept(self) -> tuple[int, ...]:
+        return self.low, self.high, self.entries, self.room, self.chain, self.tail
+
+    def _restore(self, kept: tuple[int, ...]) -> None:
+        self.low, self.high, self.entries, self.room, self.chain, self.tail = kept
+        self._reopened()
+
+    def _refused(self, at: int) -> MisuseError:
+        return MisuseError(
+            f"SGL: request {at}: it must have 1 to {MAX_ENTRIES} ranges of 1 to 2^32 - 1 bytes", errno.EIO
+        )
+
     def begin(self, entries: int, coalesced: bool = False) -> None:
-        """Start a request that has up to ``entries`` ranges."""
-        if not 1 <= entries <= MAX_ENTRIES:
-            raise MisuseError(f"SGL: entries={entries}: must lie in [1, {MAX_ENTRIES}]")
-        self._begin(entries, coalesced)
+        """Start a request that has up to ``entries`` ranges; ExhaustedError, the writer as it was, without memory."""
+        _counted(entries)
+        before = self._kept()
+        if self._begin(entries, coalesced) != 0:
+            self._restore(before)
+            raise self._lacking()
 
     def feed(self, addr: int, length: int) -> None:
         """Append the mapped range [addr, addr+length)."""
-        if not 0 <= addr < 1 << 63 or not 0 < length < 1 << 32:
-            raise MisuseError(f"SGL: range (addr={addr:#x}, length={length}): addr in [0, 2^63), length in [1, 2^32)")
+        _checked(addr, length)
+        self._writing()
         if self._feed(addr, length):
             raise MisuseError(f"SGL: more ranges than the {self.room} announced", errno.EIO)
 
-    def build(self, ranges: list[tuple[int, int]]) -> tuple[int, int, list[Block]]:
-        """(low word, high word, list blocks) for the ranges, (address, bytes) pairs, of one request.
+    def build(self, ranges: list[tuple[int, int]]) -> tuple[int, int, int]:
+        """(low word, high word, chain of list blocks) for the ranges, (address, bytes) pairs, of one request.
 
         MisuseError for a range or a number of ranges that an SGL cannot hold, ExhaustedError without memory for a
         list; the blocks are then given back, and the writer is as it was.
         """
+        given = pairs("ranges", ranges)
+        _counted(len(given))
+        for addr, length in given:
+            _checked(addr, length)
         before = self._kept()
-        self.begin(len(ranges))
-        try:
-            for addr, length in ranges:
-                self.feed(addr, length)
-        except BaseException:
-            self.drop(self.blocks)
+        addrs, lengths = (memoryview(array("Q", column)) for column in zip(*given, strict=True))
+        if self._build(addrs, lengths, 0, len(given)) != 0:
             self._restore(before)
-            raise
-        self._finish()
-        return self.low, self.high, self.blocks
+            raise self._lacking()
+        return self.low, self.high, self.chain
 
-    def build_batch(
-        self,
-        addrs: memoryview[int],
-        lengths: memoryview[int],
-        bounds: memoryview[int],
-        descriptors: memoryview[int],
-    ) -> list[list[Block]]:
-        """SGLs of many requests at once; arrays and errors as in ``PrpWriter.build_batch``, two words a request come
-        out."""
-        before = self._kept()
-        blocks: list[list[Block]] = []
-        self.batch = blocks
-        out = words_of("descriptors", descriptors, 2 * len(bounds) - 2)
-        try:
-            failed = self._batch(
-                words_of("addrs", addrs), words_of("lengths", lengths), words_of("bounds", bounds, 1), out
-            )
-            if failed >= 0:
-                raise MisuseError(
-                    f"SGL: request {failed}: it must have 1 to {MAX_ENTRIES} ranges of 1 to 2^32 - 1 bytes", errno.EIO
-                )
-        except BaseException:
-            self.drop_batch(blocks)
-            self._restore(before)
-            raise
-        return blocks
 
-    def _batch(
-        self,
-        addrs: memoryview[int],
-        lengths: memoryview[int],
-        bounds: memoryview[int],
-        descriptors: memoryview[int],
-    ) -> cython.Py_ssize_t:
-        """Build every request; -1, or the number of the one that SGLs of one segment cannot describe."""
-        i: cython.Py_ssize_t
-        j: cython.Py_ssize_t
-        for i in range(len(bounds) - 1):
-            if bounds[i + 1] <= bounds[i] or bounds[i + 1] - bounds[i] > _MAX_ENTRIES or bounds[i + 1] > len(addrs):
-                return i
-            if bounds[i + 1] > len(lengths):
-                return i
-            self._begin(bounds[i + 1] - bounds[i], False)
-            self.batch.append(self.blocks)
-            for j in range(bounds[i], bounds[i + 1]):
-                if lengths[j] == 0 or lengths[j] > _LENGTH_MASK:
-                    return i
-                self._feed(addrs[j], lengths[j])
-            self._finish()
-            descriptors[2 * i] = self.low
-            descriptors[2 * i + 1] = self.high
-        return -1
+def _counted(entries: int) -> None:
+    """MisuseError for a number of ranges that one list does not hold."""
+    if not 1 <= entries <= MAX_ENTRIES:
+        raise MisuseError(f"SGL: entries={entries}: must lie in [1, {MAX_ENTRIES}]")
 
-    def _kept(self) -> tuple[int, int, int, int, list[Block]]:
-        """Where the request being written stands."""
-        return self.low, self.high, self.entries, self.room, self.blocks
 
-    def _restore(self, kept: tuple[int, int, int, int, list[Block]]) -> None:
-        """Go on with the request that ``_kept`` saw."""
-        self.low, self.high, self.entries, self.room, self.blocks = kept
-        if self.blocks:
-            self.block = self.blocks[0]
-
-    def drop(self, blocks: list[Block]) -> None:
-        """Give list blocks back to their pools."""
-        block: Block
-        for block in blocks:
-            if block.size == self.small.size:
-                self.small._free(block)
-            else:
-                self.large._free(block)
-        blocks.clear()
-
-    def drop_batch(self, batch: list[list[Block]]) -> None:
-        """Give back every list block of ``build_batch``."""
-        for blocks in batch:
-            self.drop(blocks)
+def _checked(addr: int, length: int) -> None:
+    """MisuseError for what is no range."""
+    if not 0 <= addr < 1 << 63 or not 0 < length < 1 << 32:
+        raise MisuseError(f"SGL: range (addr={addr:#x}, length={length}): addr in [0, 2^63), length in [1, 2^32)")
 
 
 @cython.cclass
