@@ -239,6 +239,8 @@ BY_ENTRY: dict[tuple[str, str], Make] = {
     ("IovaRcaches", "other"): lambda w: IovaDomain().rcaches,
     ("IovaSearch", "other"): lambda w: IovaDomain().search,
     ("LinuxSearch", "other"): lambda w: IovaDomain().search,
+    ("", "one"): lambda w: words(1, 2),
+    ("", "other"): lambda w: words(1, 2),
     ("IovaTree", "other"): lambda w: IovaDomain(policy="augmented").search.tree,
     ("PhysicalMemory", "kind"): just("ram"),
     ("PhysicalMemory", "start"): just(1 << 32),

@@ -3,7 +3,8 @@
 ``map_many`` and ``unmap_many`` are loops of ``map_phys`` and ``unmap_phys`` (one IOVA and one sync each); ``link_many``
 links pieces one behind the other into a window. Mapping is all or nothing: what a failing call had done is undone
 before it raises. Unmapping goes on past a piece that is not there, and says so at the end. Arrays are buffers of 64-bit
-words (``array("Q")``, NumPy ``uint64``, memoryviews of them). The contract checker sees only the scalar calls.
+words (``array("Q")``, NumPy ``uint64``, memoryviews of them); ``out`` must not overlap the others. The contract checker
+sees only the scalar calls.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import cython
 from dmakit.dma.direction import checked_attrs, checked_cpu, checked_direction
 from dmakit.dma.report import link_error, map_error
 from dmakit.errors import MisuseError
-from dmakit.iova.arguments import words
+from dmakit.iova.arguments import apart, words
 
 if not cython.compiled:
     from dmakit.dma.iova_state import IovaState
@@ -145,6 +146,7 @@ def map_many(
     addresses = words("out", out, writable=True)
     if len(addresses) < len(places):
         raise MisuseError(f"out has {len(addresses)} items: needs {len(places)}")
+    apart("out", addresses, phys=places, sizes=lengths)
     done = int(_map_run(device, places, lengths, addresses, way, how, on))
     if done < len(places):
         error = map_error(device, places[done], lengths[done], how)

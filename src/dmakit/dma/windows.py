@@ -20,7 +20,7 @@ from dmakit.consts import EINVAL
 from dmakit.dma.direction import checked_attrs, checked_cpu, checked_direction, integer
 from dmakit.dma.report import link_error, window_error
 from dmakit.errors import DmakitError, MisuseError
-from dmakit.iova.arguments import words
+from dmakit.iova.arguments import apart, words
 
 if not cython.compiled:
     from dmakit.dma.exact import Words, exact, known, taken
@@ -159,7 +159,8 @@ class Windows(Scatter):
     ) -> None:
         """A window for each request: request i has the pieces ``bounds[i]`` to ``bounds[i+1]`` − 1.
 
-        ``states[2i]`` becomes its address and ``states[2i+1]`` its size (bit 63: bounced). All or nothing.
+        ``states[2i]`` becomes its address and ``states[2i+1]`` its size (bit 63: bounced); it must not overlap the
+        other arrays. All or nothing.
         """
         way: cython.int = checked_direction(direction)
         how: cython.int = checked_attrs(attrs)
@@ -173,6 +174,7 @@ class Windows(Scatter):
             raise MisuseError(f"phys, sizes have {places.count}, {lengths.count} items: must have the same number")
         if edges.count > 0 and found.count < 2 * (edges.count - 1):
             raise MisuseError(f"states has {found.count} items: needs {2 * (edges.count - 1)}")
+        apart("states", states, phys=phys, sizes=sizes, bounds=bounds)
         if not self._ascending(edges.items, edges.count, places.count):
             raise MisuseError(f"bounds: must ascend from request to request, up to the {places.count} pieces")
         with cython.nogil:

@@ -29,7 +29,7 @@ from typing import SupportsIndex
 import cython
 
 from dmakit.errors import ExhaustedError, MisuseError
-from dmakit.iova.arguments import within
+from dmakit.iova.arguments import apart, within
 from dmakit.iova.arguments import words as as_words
 from dmakit.iova.arrays import zeroed
 
@@ -253,8 +253,9 @@ class Bitmap:
         return bool(self.marks[at >> 6] >> (at & 63) & 1)
 
     def set_many(self, pages: object) -> None:
-        """Set the bits whose numbers are in ``pages`` (64-bit words); none of them when one is too large."""
+        """Set the bits whose numbers are in ``pages`` (64-bit words, not the bitmap); none when one is too large."""
         numbers = as_words("pages", pages)
+        apart("bitmap", self.marks, pages=numbers)
         bad = self._set_many(numbers)
         if bad >= 0:
             raise MisuseError(f"pages[{bad}]={numbers[bad]}: must be from 0 to {self.bits - 1}")
@@ -278,6 +279,8 @@ class Bitmap:
     def merge(self, other: Bitmap) -> None:
         """OR the bits of ``other``, a bitmap of the same size, into this one."""
         self._same(other)
+        if other is not self:
+            apart("bitmap", self.marks, other=other.marks)
         with cython.nogil:
             _merge(self.marks, other.marks)
 
@@ -286,6 +289,7 @@ class Bitmap:
         self._same(other)
         if other is self:
             raise MisuseError("take: a bitmap cannot be taken into itself")
+        apart("bitmap", self.marks, other=other.marks)
         with cython.nogil:
             _take(self.marks, other.marks)
 
@@ -358,6 +362,7 @@ class Bitmap:
         room = as_words("out", out, writable=True)
         if len(room) < least:
             raise MisuseError(f"out has {len(room)} items: needs at least {least}")
+        apart("out", room, bitmap=self.marks)
         return room
 
     def _scan_pages(

@@ -30,7 +30,7 @@ from dmakit.errors import DmakitError, ExhaustedError, MisuseError
 from dmakit.iommu.dirty import LeafBitScan
 from dmakit.iommu.protocol import Capabilities
 from dmakit.iommu.space import checked_reserved
-from dmakit.iova.arguments import within, words
+from dmakit.iova.arguments import apart, within, words
 from dmakit.ledger import ROWS
 
 if not cython.compiled:
@@ -159,6 +159,7 @@ class PageTableDomain(Domain):
         iova_words, out_words = words("iovas", iovas), words("out", out, writable=True)
         if len(out_words) < len(iova_words):
             raise MisuseError(f"out has {len(out_words)} items: needs {len(iova_words)}")
+        apart("out", out_words, iovas=iova_words)
         return int(self._iova_to_phys_many(iova_words, out_words, len(iova_words)))
 
     def map_error(self, error: int, iova: int, phys: int, size: int, prot: int) -> DmakitError:

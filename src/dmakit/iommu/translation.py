@@ -21,6 +21,7 @@ import cython
 
 from dmakit.errors import MisuseError
 from dmakit.iommu.faults import FaultRecord, fault_error
+from dmakit.iova.arguments import apart
 
 if not cython.compiled:
     from dmakit.consts import (
@@ -114,6 +115,7 @@ class Translator:
             raise MisuseError(f"out has {len(out_view)} elements for {len(source_view)} addresses")
         if out_view.readonly:
             raise MisuseError("out: must be writable")
+        apart("out", out_view, iovas=source_view)
         return int(self._translate_many(did, source_view, out_view, write, source))
 
     @property

@@ -10,6 +10,7 @@ from operator import index
 from typing import Any, SupportsIndex, TypeAlias
 
 from dmakit.errors import MisuseError
+from dmakit.iova.exact import shares
 
 Text: TypeAlias = str
 
@@ -37,6 +38,16 @@ def words(name: str, items: object, *, writable: bool = False) -> memoryview[int
     if writable and view.readonly:
         raise MisuseError(f"{name}: must be writable")
     return flat
+
+
+def apart(name: str, written: object, **others: object) -> None:
+    """MisuseError when ``written``, the array that a call fills, has memory in common with one of ``others``.
+
+    The rule of every batch call: what it writes must not overlap another of its arrays; what it only reads may.
+    """
+    for other, items in others.items():
+        if shares(written, items):
+            raise MisuseError(f"{name}: is written, and must not overlap {other}")
 
 
 def pairs(name: str, items: object) -> list[tuple[Any, Any]]:

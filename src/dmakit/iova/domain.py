@@ -32,10 +32,10 @@ from typing import Any, SupportsIndex
 import cython
 
 from dmakit.errors import ExhaustedError, MisuseError
-from dmakit.iova.arguments import within, words
+from dmakit.iova.arguments import apart, within, words
 
 if cython.compiled:
-    from cython.cimports.dmakit.iova.exact import Words, borrow, give_back
+    from cython.cimports.dmakit.iova.exact import Words, borrow, give_back, meet
 else:
     from dmakit.consts import IOVA_NIL, IOVA_RANGE_CACHE_MAX_SIZE, L_IOVA_FAILED, L_IOVA_TREE
     from dmakit.iova.allocator import IovaAllocator
@@ -113,6 +113,7 @@ class IovaDomain(IovaAllocator):
     ) -> int:
         """``alloc_fast`` for each of ``sizes`` into ``pfns`` (64-bit words; 0 = failed); returns the successes.
 
+        ``pfns`` must not overlap ``sizes``.
         Compiled, it runs without the GIL; no other thread may use the domain meanwhile.
         """
         on, limit, flush = self._cpu(cpu), self._pfn("limit_pfn", limit_pfn, 0), bool(flush_rcache)
@@ -121,6 +122,7 @@ class IovaDomain(IovaAllocator):
             wanted, found = self._sizes(sizes), words("pfns", pfns, writable=True)
             if len(wanted) != len(found):
                 raise MisuseError(f"pfns: must have as many items as sizes ({len(wanted)}), not {len(found)}")
+            apart("pfns", found, sizes=wanted)
             done = self._alloc_words(on, wanted, limit, flush, found)
         return done
 
@@ -265,12 +267,14 @@ class IovaDomain(IovaAllocator):
         """A batch over two buffers: the successes. Compiled, -1 when something about the buffers is unusual."""
         if cython.compiled:
             done: cython.Py_ssize_t = -1
+            unusual: cython.bint
             wanted = cython.declare(Words)
             found = cython.declare(Words)
             if not borrow(cython.address(wanted), sizes, False):
                 return -1
             if borrow(cython.address(found), pfns, True):
-                if wanted.n == found.n and self._all_sizes(wanted.at, wanted.n):
+                unusual = wanted.n != found.n or meet(wanted.at, wanted.n, found.at, found.n)
+                if not unusual and self._all_sizes(wanted.at, wanted.n):
                     with cython.nogil:
                         done = self._alloc_many(cpu, wanted.at, wanted.n, limit_pfn, flush, found.at)
                 give_back(cython.address(found))

@@ -31,3 +31,7 @@ cdef inline bint borrow(Words* words, object items, bint writable) noexcept:
 
 cdef inline void give_back(Words* words) noexcept:
     PyBuffer_Release(&words.view)
+
+
+cdef inline bint meet(unsigned long long* one, Py_ssize_t n, unsigned long long* other, Py_ssize_t m) noexcept nogil:
+    return n > 0 and m > 0 and one < other + m and other < one + n

@@ -27,11 +27,11 @@ from typing import Any, SupportsIndex
 import cython
 
 from dmakit.errors import ExhaustedError, MisuseError
-from dmakit.iova.arguments import words
+from dmakit.iova.arguments import apart, words
 from dmakit.iova.arrays import zeroed
 
 if cython.compiled:
-    from cython.cimports.dmakit.iova.exact import Words, borrow, give_back
+    from cython.cimports.dmakit.iova.exact import Words, borrow, give_back, meet
 else:
     from dmakit.consts import IOVA_RANGE_CACHE_MAX_SIZE, L_IOVA_FREE_MAGAZINE, L_IOVA_MAGAZINE
     from dmakit.iova.bits import ceil_log2
@@ -93,6 +93,7 @@ class SharedDomain:
             wanted, found = self.domain._sizes(sizes), words("pfns", pfns, writable=True)
             if len(wanted) != len(found):
                 raise MisuseError(f"pfns: must have as many items as sizes ({len(wanted)}), not {len(found)}")
+            apart("pfns", found, sizes=wanted)
             done = self._alloc_words(on, wanted, limit, flush, found)
         return done
 
@@ -208,12 +209,14 @@ class SharedDomain:
         """As ``IovaDomain._alloc_words``."""
         if cython.compiled:
             done: cython.Py_ssize_t = -1
+            unusual: cython.bint
             wanted = cython.declare(Words)
             found = cython.declare(Words)
             if not borrow(cython.address(wanted), sizes, False):
                 return -1
             if borrow(cython.address(found), pfns, True):
-                if wanted.n == found.n and self.domain._all_sizes(wanted.at, wanted.n):
+                unusual = wanted.n != found.n or meet(wanted.at, wanted.n, found.at, found.n)
+                if not unusual and self.domain._all_sizes(wanted.at, wanted.n):
                     with cython.nogil:
                         done = self._alloc_many(cpu, wanted.at, wanted.n, limit_pfn, flush, found.at)
                 give_back(cython.address(found))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import cython
 
 from dmakit.errors import DmakitError, MisuseError
-from dmakit.iova.arguments import within, words
+from dmakit.iova.arguments import apart, within, words
 from dmakit.nvme.pool import Block
 
 if not cython.compiled:
@@ -171,8 +171,8 @@ class ListWriter:
 
         Buffers of 64-bit words: ``addrs`` and ``lengths`` hold all ranges, request i has those from ``bounds[i]`` to
         ``bounds[i+1]`` − 1; ``pointers`` receives the two words of its command at 2i and 2i + 1, ``chains`` at i the
-        list blocks that ``drop_batch`` gives back. MisuseError (EIO for a request that cannot be described) and
-        ExhaustedError give every block of the batch back and leave the writer as it was.
+        list blocks that ``drop_batch`` gives back; neither may overlap another array. MisuseError (EIO for a request
+        that cannot be described) and ExhaustedError give every block of the batch back and leave the writer as it was.
         """
         places, sizes, edges = words("addrs", addrs), words("lengths", lengths), words("bounds", bounds)
         found, lists = words("pointers", pointers, writable=True), words("chains", chains, writable=True)
@@ -183,6 +183,8 @@ class ListWriter:
             raise MisuseError(f"pointers: has {len(found)} words, at least {2 * count} are needed")
         if len(lists) < count:
             raise MisuseError(f"chains: has {len(lists)} words, at least {count} are needed")
+        apart("pointers", found, addrs=places, lengths=sizes, bounds=edges, chains=lists)
+        apart("chains", lists, addrs=places, lengths=sizes, bounds=edges)
         before = self._kept()
         done = int(self._build_run(places, sizes, edges, found, lists, count))
         if done < count:

@@ -26,6 +26,7 @@ from collections.abc import Callable
 import cython
 
 from dmakit.errors import ExhaustedError, MisuseError
+from dmakit.iova.arguments import apart
 from dmakit.nvme.pool import words_of
 
 if cython.compiled:
@@ -374,7 +375,8 @@ class Ring:
     ) -> int:
         """Take the completions that are there, up to the length of ``slots``, and tell the controller; how many.
 
-        Each has a slot (free again), the tag of its command, the 15-bit status field and dword 0 and 1.
+        Each has a slot (free again), the tag of its command, the 15-bit status field and dword 0 and 1. The arrays
+        must not overlap.
         """
         places = words_of("slots", slots)
         n: cython.Py_ssize_t = len(places)
@@ -383,6 +385,9 @@ class Ring:
             words_of("statuses", statuses, n),
             words_of("results", results, n),
         )
+        apart("slots", places, tags=names, statuses=codes, results=values)
+        apart("tags", names, statuses=codes, results=values)
+        apart("statuses", codes, results=values)
         done: cython.Py_ssize_t = self._reap(places, names, codes, values, n)
         self.tell()
         return done
