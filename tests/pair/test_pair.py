@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dmakit import _core
-from tests.pair.program import CONFIGS, OPERATIONS
+from tests.pair.held import CONFIGS
+from tests.pair.program import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = bool(_core.status()["missing"]) and not os.environ.get("CI")  # in CI a missing core is a failure
@@ -118,6 +119,20 @@ def test_a_size_that_no_64_bits_hold_once_rounded_up(cores: tuple[Core, Core]) -
 def test_cache_lines_of_memory_that_is_not_there_are_not_counted(cores: tuple[Core, Core], config: int) -> None:
     huge = [("map_phys", 0x39000, size, 0, 0) for size in (1 << 63, 1 << 62, 1 << 62, 1 << 40)]
     compare(cores, (config, huge))
+
+
+@pytest.mark.parametrize("cpu", [-1, 1 << 31, (1 << 32) - 1, 1 << 64])
+def test_a_cpu_that_no_machine_has(cores: tuple[Core, Core], cpu: int) -> None:
+    mapped = [("nvme_map", 1, 3, 1, 4), ("nvme_unmap", 0, cpu, 0, 0), ("nvme_map", 1, cpu, 1, 4)]
+    compare(cores, (7, [*mapped, ("bounce", 0, 512, 0, cpu), ("map_phys", 0, 512, cpu, 1)]))
+
+
+def test_peer_memory_is_asked_for_beyond_64_bits(cores: tuple[Core, Core]) -> None:
+    compare(cores, (9, [("decide", number, 1, 0, 0) for number in (5, 1 << 64, -1, (1 << 64) - 1)]))
+
+
+def test_a_text_that_begins_with_a_marker_of_lost_events(cores: tuple[Core, Core]) -> None:
+    compare(cores, (0, [("scan_text", 11, 0, 0, 1), ("scan_text", 0, 0, 12, 1)]))
 
 
 def drawn(seed: int) -> Any:

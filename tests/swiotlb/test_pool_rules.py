@@ -232,7 +232,7 @@ def test_contains_knows_the_pool_from_other_memory() -> None:
         (lambda p: p.map(64 << 20, 8), r"^\[0x4000000, 0x4000008\) is not inside one region of physical memory$"),
         (
             lambda p: p.map(RAM, 8, cpu=-1),
-            r"^cpu=-1, limit=0xffffffffffffffff: must not be negative or above 2\*\*64 - 1$",
+            r"^cpu=-1, limit=0xffffffffffffffff: must be 0 to 65535, and 0 to 2\*\*64 - 1$",
         ),
         (lambda p: p.unmap(START, 8, TO), r"^\[0x400000, 0x400008\) is not inside one bounced mapping$"),
         (lambda p: p.unmap(RAM, 8, TO), r"^\[0x100000, 0x100008\) is not inside one bounced mapping$"),

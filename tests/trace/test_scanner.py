@@ -194,3 +194,13 @@ def test_a_real_trace_is_read_to_the_last_line() -> None:
     assert sum(len(table) for table in trace.tables.values()) == trace.records
     seqs = sorted(seq for table in trace.tables.values() for seq in table.seq.tolist())
     assert seqs == list(range(trace.records))
+
+
+def test_a_trace_that_begins_with_a_marker_of_lost_events(tmp_path: Path) -> None:
+    trace = scan(
+        tmp_path,
+        "CPU:1 [LOST 123 EVENTS]",
+        "t-1 [001] d.... 9.000001: map: IOMMU: iova=0x1000 - 0x3000 paddr=0xa000 size=8192",
+    )
+    assert (trace.marked, trace.lost.cpu.tolist(), trace.lost.stamp.tolist()) == (123, [1], [0])
+    assert len(trace.table("map")) == 1

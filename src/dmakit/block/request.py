@@ -23,6 +23,7 @@ import cython
 from dmakit.block.limits import SECTOR_SHIFT, QueueLimits
 from dmakit.errors import MisuseError
 from dmakit.iova.arguments import pairs
+from dmakit.ledger import MOST_CPUS
 
 if not cython.compiled:
     from dmakit.block.segments import SegmentIter, gap_between, lowest_bit, mergeable, segment_room, smaller_bit
@@ -151,6 +152,8 @@ class Request:
     ) -> None:
         if sector < 0 or sector >= 1 << 55:
             raise MisuseError(f"sector={sector}: must lie in [0, 2^55)")
+        if cpu < 0 or cpu >= MOST_CPUS:
+            raise MisuseError(f"cpu={cpu}: must be 0 to {MOST_CPUS - 1}")
         self.op = Op(op)
         self.direction = _DIRECTIONS[Op(op)]
         self.sector = sector

@@ -26,6 +26,7 @@ from dmakit.block.limits import NVME_MAX_SEGS
 from dmakit.block.status import BlkStatus
 from dmakit.dma.report import map_error
 from dmakit.errors import DmakitError, ExhaustedError, MisuseError
+from dmakit.ledger import MOST_CPUS
 from dmakit.nvme import metadata
 from dmakit.reasons import Reason
 
@@ -124,6 +125,8 @@ class RequestMapper:
 
     def unmap(self, iod: Iod, *, cpu: int | None = None) -> None:
         """Undo ``map`` when the command has completed; ``cpu`` is the one that completes (default: that mapped)."""
+        if cpu is not None and (cpu < 0 or cpu >= MOST_CPUS):
+            raise MisuseError(f"cpu={cpu}: must be 0 to {MOST_CPUS - 1}")
         self._unmap(iod, iod.cpu if cpu is None else cpu)
 
     def _map_into(self, iod: Iod, request: Request, cpu: cython.int, admin: cython.bint) -> cython.int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import cython
 
+from dmakit.errors import MisuseError
 from dmakit.p2p.decision import MapType, map_type
 from dmakit.p2p.topology import PciDevice, PciTopology
 
@@ -62,6 +63,8 @@ class P2pState:
 
     def map_type(self, phys: int) -> MapType:
         """The map type for the page at ``phys`` (NONE for ordinary memory)."""
+        if phys < 0 or phys >> 64:
+            raise MisuseError(f"phys={phys:#x}: must be a 64-bit address")
         return MapType(self._map_type(phys))
 
     def bus_address(self, phys: int) -> int:

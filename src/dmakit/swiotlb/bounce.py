@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import cython
 
 from dmakit.errors import ExhaustedError, MisuseError
+from dmakit.ledger import MOST_CPUS
 
 if cython.compiled:
     from dmakit.swiotlb.pool import limit_areas
@@ -378,8 +379,8 @@ class Swiotlb:
         if size <= 0:
             raise MisuseError(f"size={size}: a bounce needs at least one byte")
         self.memory.region_at(phys, size)
-        if cpu < 0 or not 0 <= limit <= NO_LIMIT:
-            raise MisuseError(f"cpu={cpu}, limit={limit:#x}: must not be negative or above 2**64 - 1")
+        if not 0 <= cpu < MOST_CPUS or not 0 <= limit <= NO_LIMIT:
+            raise MisuseError(f"cpu={cpu}, limit={limit:#x}: must be 0 to {MOST_CPUS - 1}, and 0 to 2**64 - 1")
         tlb: int = self._map(phys, size, alloc_align_mask, min_align_mask, boundary, limit, attrs, cpu)
         if not tlb:
             raise ExhaustedError(

@@ -65,6 +65,7 @@ class Scanner(Rows):
         self.table_kind = memoryview(array("q", [-1] * SCAN_TABLE))
         self.absent = ABSENT
         self.seconds = False
+        self.stamp = 0  # that of the line before, for a marker of lost events; a trace may begin with one
         self._prepare()
         for name, kind, salt in pattern.names():
             self._enter(name, kind, salt)
