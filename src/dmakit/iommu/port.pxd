@@ -12,6 +12,8 @@ cdef class Port:
     cdef readonly list peers
     cdef unsigned long long low
     cdef unsigned long long high
+    cdef int _load(self, unsigned long long iova, unsigned char* into, unsigned long long size) except -1
+    cdef int _store(self, unsigned long long iova, const unsigned char* source, unsigned long long size) except -1
     cdef unsigned long long _reach(self, unsigned long long iova, unsigned long long length, bint write) except? 1
     cdef unsigned long long _locate(self, unsigned long long iova, bint write) noexcept nogil
 

@@ -85,46 +85,54 @@ class Port:
     def read(self, iova: int, size: int) -> bytes:
         """``size`` bytes from device address ``iova``; FaultError names the first address that is blocked."""
         self._check(iova, size)
-        start: cython.ulonglong = iova
-        total: cython.ulonglong = size
-        done: cython.ulonglong = 0
-        phys: cython.ulonglong
-        length: cython.ulonglong
+        found = _room(size)
         if cython.compiled:
-            found = _room(total)
-            place: cython.p_char = PyBytes_AS_STRING(found)
-            while done < total:
-                length = min(total - done, PAGE_SIZE - ((start + done) & PAGE_MASK_LOW))
-                phys = self._reach(start + done, length, False)
-                memcpy(place + done, cython.address(self.memory.data[phys]), length)
-                done += length
+            self._load(iova, cython.cast(cython.p_uchar, PyBytes_AS_STRING(found)), size)
             return found
-        data = _room(total)
-        while done < total:
-            length = min(total - done, PAGE_SIZE - ((start + done) & PAGE_MASK_LOW))
-            phys = self._reach(start + done, length, False)
-            data[done : done + length] = self.memory.view[phys : phys + length]
-            done += length
-        return bytes(data)
+        self._load(iova, memoryview(found), size)
+        return bytes(found)
 
     def write(self, iova: int, data: bytes | bytearray | memoryview) -> None:
         """Store ``data`` from device address ``iova`` on; pages before a FaultError have been written."""
         payload = memoryview(data).cast("B")
         size = len(payload)
         self._check(iova, size)
-        start: cython.ulonglong = iova
-        total: cython.ulonglong = size
-        done: cython.ulonglong = 0
         if cython.compiled:
             source: cython.const[cython.uchar][::1] = payload
-        while done < total:
-            length: cython.ulonglong = min(total - done, PAGE_SIZE - ((start + done) & PAGE_MASK_LOW))
-            phys: cython.ulonglong = self._reach(start + done, length, True)
+            if size:
+                self._store(iova, cython.address(source[0]), size)
+        else:
+            self._store(iova, payload, size)
+
+    def _load(self, iova: cython.ulonglong, into: cython.pointer[cython.uchar], size: cython.ulonglong) -> cython.int:
+        """``read`` into a buffer (interpreted: a memoryview), for callers that checked the addresses."""
+        done: cython.ulonglong = 0
+        phys: cython.ulonglong
+        length: cython.ulonglong
+        while done < size:
+            length = min(size - done, PAGE_SIZE - ((iova + done) & PAGE_MASK_LOW))
+            phys = self._reach(iova + done, length, False)
+            if cython.compiled:
+                memcpy(cython.address(into[done]), cython.address(self.memory.data[phys]), length)
+            else:
+                into[done : done + length] = self.memory.view[phys : phys + length]
+            done += length
+        return 0
+
+    def _store(self, iova: cython.ulonglong, source: cython.p_const_uchar, size: cython.ulonglong) -> cython.int:
+        """``write`` from a buffer (interpreted: a memoryview)."""
+        done: cython.ulonglong = 0
+        phys: cython.ulonglong
+        length: cython.ulonglong
+        while done < size:
+            length = min(size - done, PAGE_SIZE - ((iova + done) & PAGE_MASK_LOW))
+            phys = self._reach(iova + done, length, True)
             if cython.compiled:
                 memmove(cython.address(self.memory.data[phys]), cython.address(source[done]), length)
             else:
-                self.memory.view[phys : phys + length] = payload[done : done + length]
+                self.memory.view[phys : phys + length] = source[done : done + length]
             done += length
+        return 0
 
     def locate(self, iova: int, write: bool = False) -> int:
         """The physical address behind one device address, by the same way as an access; FaultError when blocked."""
