@@ -79,6 +79,7 @@ COMPILED_MODULES = (
     "dmakit.ledger",
     "dmakit.memory.pages",
     "dmakit.memory.physical",
+    "dmakit.nvme.fetch",
     "dmakit.nvme.iod",
     "dmakit.nvme.lists",
     "dmakit.nvme.mapping",

@@ -49,6 +49,10 @@ def _requests(world: World) -> dict[str, list[int]]:
     return {**ranges, "pointers": [1, 2, 3, 4], "chains": [5, 6]}
 
 
+def _answers(world: World) -> dict[str, list[int]]:
+    return {"bounds": [1, 2, 3], "statuses": [5, 6]}
+
+
 def _map_windows(world: World, a: Arrays) -> Any:
     return world.part("Device").map_windows(a["phys"], a["sizes"], a["bounds"], a["states"], 0)
 
@@ -129,6 +133,12 @@ BATCHES = {
         _requests,
         ("pointers", "chains"),
         lambda w, a: w.part("SglWriter").build_batch(*a.values()),
+    ),
+    "DescriptorReader.read_batch": Batch(
+        "DescriptorReader",
+        lambda w: {"forms": [0, 1], "pointers": _pages(w, 4, 6, 9, 10), "sizes": [8192, 512], **_answers(w)},
+        ("bounds", "statuses"),
+        lambda w, a: [view.tolist() for view in w.part("DescriptorReader").read_batch(*a.values(), to_host=True)],
     ),
     "Ring.submit": Batch(
         "Ring",

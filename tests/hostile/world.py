@@ -29,6 +29,7 @@ from dmakit.iova.flush_queue import CallbackTarget, FlushQueue
 from dmakit.iova.shared import SharedDomain
 from dmakit.iova.tree import IovaTree
 from dmakit.ledger import Ledger
+from dmakit.nvme.fetch import DescriptorReader
 from dmakit.nvme.lists import ListWriter
 from dmakit.nvme.mapping import RequestMapper
 from dmakit.nvme.pool import LARGE_BYTES, SMALL_BYTES, DescriptorPool, PlainSource
@@ -324,6 +325,7 @@ PARTS: dict[str, Callable[[World], Any]] = {
     "DescriptorPool": lambda w: _pool(w, SMALL_BYTES),
     "PlainPage": lambda w: PlainSource().page(),
     "PlainSource": lambda w: PlainSource(),
+    "DescriptorReader": lambda w: DescriptorReader(w.part("Device").port),
     "ListWriter": lambda w: ListWriter(w.part("small"), w.part("large")),
     "PrpWriter": _prp,
     "PrpWalker": _prp_walker,

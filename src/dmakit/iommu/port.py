@@ -31,7 +31,7 @@ if cython.compiled:
     from cython.cimports.cpython.bytes import PyBytes_AS_STRING, PyBytes_FromStringAndSize
     from cython.cimports.libc.string import memcpy, memmove
 else:
-    from dmakit.consts import PAGE_MASK_LOW, PAGE_SIZE
+    from dmakit.consts import EIO, PAGE_MASK_LOW, PAGE_SIZE
     from dmakit.iommu.devtlb import DeviceTlb
     from dmakit.iommu.unit import IommuUnit
     from dmakit.memory.physical import PhysicalMemory
@@ -74,6 +74,9 @@ class Port:
         self.cache = cache
         self.low = 0
         self.high = 0
+        self.lost = 0
+        self.stopped = 0
+        self.routed = False
         self.peers: list[tuple[int, int, int]] = []
 
     def add_peer(self, bus: int, size: int, phys: int) -> None:
@@ -81,6 +84,7 @@ class Port:
         self._check(bus, size)
         self.memory.region_at(phys, size)
         self.peers.append((bus, bus + size, phys))
+        self.routed = True
 
     def read(self, iova: int, size: int) -> bytes:
         """``size`` bytes from device address ``iova``; FaultError names the first address that is blocked."""
@@ -106,12 +110,21 @@ class Port:
 
     def _load(self, iova: cython.ulonglong, into: cython.pointer[cython.uchar], size: cython.ulonglong) -> cython.int:
         """``read`` into a buffer (interpreted: a memoryview), for callers that checked the addresses."""
+        if self._take(iova, into, size) != 0:
+            raise self._refusal(self.stopped, False)
+        return 0
+
+    def _take(self, iova: cython.ulonglong, into: cython.pointer[cython.uchar], size: cython.ulonglong) -> cython.int:
+        """``_load`` without the GIL; −EIO, with the place in ``stopped``, when an access is refused."""
         done: cython.ulonglong = 0
         phys: cython.ulonglong
         length: cython.ulonglong
         while done < size:
             length = min(size - done, PAGE_SIZE - ((iova + done) & PAGE_MASK_LOW))
-            phys = self._reach(iova + done, length, False)
+            phys = self._touch(iova + done, length, False)
+            if phys == ALL_ONES:
+                self.stopped = iova + done
+                return -EIO
             if cython.compiled:
                 memcpy(cython.address(into[done]), cython.address(self.memory.data[phys]), length)
             else:
@@ -145,26 +158,54 @@ class Port:
     @cython.exceptval(1, check=True)
     def _reach(self, iova: cython.ulonglong, length: cython.ulonglong, write: cython.bint) -> cython.ulonglong:
         """Physical address of a piece inside one page, checked to be memory and snooped."""
-        if self.peers:
-            for start, end, peer in self.peers:
-                if start <= iova < end:
-                    return peer + iova - start
-        phys: cython.ulonglong = self._locate(iova, write)
+        phys: cython.ulonglong = self._touch(iova, length, write)
         if phys == ALL_ONES:
-            raise self._blocked(iova, write)
-        if phys < self.low or phys >= self.high or length > self.high - phys:
-            self._find_memory(iova, phys, length, write)
-        if self.coherent and self.cache is not None:
-            self.cache.snoop(phys, length, write=write)
+            raise self._refusal(iova, write)
         return phys
 
-    def _find_memory(self, iova: int, phys: int, length: int, write: bool) -> None:
+    def _touch(self, iova: cython.ulonglong, length: cython.ulonglong, write: cython.bint) -> cython.ulonglong:
+        """``_reach`` that answers all ones for a refusal: ``lost`` is where nobody answers, or all ones (blocked)."""
+        phys: cython.ulonglong
+        if self.routed:
+            phys = self._peer(iova)
+            if phys != ALL_ONES:
+                return phys
+        phys = self._locate(iova, write)
+        self.lost = phys
+        if phys == ALL_ONES:
+            return ALL_ONES
+        known: cython.bint = self.low <= phys < self.high and length <= self.high - phys
+        if not known and not self._find_memory(phys, length):
+            return ALL_ONES
+        if self.coherent and self.cache is not None:
+            self._snoop(phys, length, write)
+        return phys
+
+    def _peer(self, iova: cython.ulonglong) -> cython.ulonglong:
+        """Where the switch routes an address, or all ones."""
+        for start, end, peer in self.peers:
+            if start <= iova < end:
+                return peer + iova - start
+        return ALL_ONES
+
+    def _find_memory(self, phys: cython.ulonglong, length: cython.ulonglong) -> cython.bint:
         """Remember the memory region of an access, so that the next one there need not look it up."""
         try:
             region = self.memory.region_at(phys, length)
         except MisuseError:
-            raise self._unanswered(iova, phys, write) from None
+            return False
         self.low, self.high = region.start, region.end
+        return True
+
+    def _snoop(self, phys: cython.ulonglong, length: cython.ulonglong, write: cython.bint) -> cython.int:
+        """Let the CPU's cache know of an access."""
+        if self.cache is not None:
+            self.cache.snoop(phys, length, write=write)
+        return 0
+
+    def _refusal(self, iova: int, write: bool) -> FaultError:
+        """The error for an access that ``_touch`` refused."""
+        return self._blocked(iova, write) if self.lost == ALL_ONES else self._unanswered(iova, self.lost, write)
 
     def _check(self, iova: int, size: int) -> None:
         if iova < 0 or size < 0 or iova + size > 1 << 64:

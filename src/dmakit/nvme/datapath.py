@@ -11,8 +11,8 @@ from typing import Protocol
 from dmakit.consts import PSDT_PRP, PSDT_SGL_METABUF, PSDT_SGL_METASEG
 from dmakit.errors import FaultError
 from dmakit.nvme.command import Command
-from dmakit.nvme.prp import PrpWalker
-from dmakit.nvme.sgl import BIT_BUCKET, SglWalker
+from dmakit.nvme.fetch import DescriptorReader
+from dmakit.nvme.sgl import BIT_BUCKET
 from dmakit.nvme.spec import (
     SGLS_BIT_BUCKET,
     SGLS_BYTE,
@@ -49,8 +49,8 @@ class DataPath:
     def __init__(self, port: Port, sgls: int) -> None:
         self.port = port
         self.sgls = sgls
-        self.prp = PrpWalker()
-        self.sgl = SglWalker(
+        self.reader = DescriptorReader(
+            port,
             dword=sgls & 3 == SGLS_DWORD,
             bit_bucket=bool(sgls & SGLS_BIT_BUCKET),
             longer=bool(sgls & SGLS_LONGER_THAN_DATA),
@@ -83,15 +83,7 @@ class DataPath:
 
     def ranges(self, command: Command, size: int, to_host: bool) -> Ranges:
         """Where the command's data is."""
-        if command.psdt != PSDT_PRP:
-            return self._walk_sgl(command.low, command.high, size, to_host, metadata=False)
-        walker = self.prp
-        walker.begin(command.low, command.high, size)
-        while walker.list_entries and not walker.status:
-            walker.list_words(self.fetch(walker.list_addr, 8 * walker.list_entries))
-        if walker.status:
-            raise CommandError(Status(walker.status))
-        return walker.ranges
+        return self._read(command.psdt, command.low, command.high, size, to_host)
 
     def metadata_ranges(self, command: Command, size: int, to_host: bool) -> Ranges:
         """Where the command's metadata is: at MPTR, or described by the SGL segment there."""
@@ -103,16 +95,13 @@ class DataPath:
             raise CommandError(Status.INVALID_SGL_SEGMENT)
         raw = self.fetch(command.mptr, 16)
         low, high = int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")
-        return self._walk_sgl(low, high, size, to_host, metadata=True)
+        return self._read(PSDT_SGL_METASEG, low, high, size, to_host, metadata=True)
 
-    def _walk_sgl(self, low: int, high: int, size: int, to_host: bool, *, metadata: bool) -> Ranges:
-        walker = self.sgl
-        walker.begin(low, high, size, to_host=to_host, metadata=metadata)
-        while walker.segment_bytes and not walker.status:
-            walker.segment(self.fetch(walker.segment_addr, walker.segment_bytes))
-        if walker.status:
-            raise CommandError(Status(walker.status))
-        return walker.ranges
+    def _read(self, form: int, low: int, high: int, size: int, to_host: bool, *, metadata: bool = False) -> Ranges:
+        status = self.reader.read(form, low, high, size, to_host=to_host, metadata=metadata)
+        if status:
+            raise CommandError(Status(status))
+        return self.reader.ranges
 
     def gather(self, ranges: Ranges) -> bytes:
         """The bytes of the ranges, in order."""

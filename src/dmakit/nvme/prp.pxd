@@ -22,6 +22,9 @@ cdef class PrpWriter(ListWriter):
     cdef int _open(self) except? -1 nogil
     cdef int _chain(self) except? -1 nogil
     cdef void _link(self, Py_ssize_t block, unsigned long long addr) noexcept nogil
+    cdef int _build(self, const unsigned long long[::1] addrs, const unsigned long long[::1] lengths, Py_ssize_t first,
+                    Py_ssize_t end) except? -1 nogil
+    cdef unsigned long long _word(self, bint high) noexcept nogil
 
 cdef class PrpWalker:
     cdef readonly unsigned long long[::1] addr
@@ -31,8 +34,9 @@ cdef class PrpWalker:
     cdef readonly unsigned long long list_addr
     cdef readonly int list_entries
     cdef readonly int status
-    cdef void _begin(self, unsigned long long prp1, unsigned long long prp2, unsigned long long size) except *
-    cdef void _entry(self, unsigned long long addr) except *
-    cdef void _want(self, unsigned long long addr) except *
-    cdef void _list(self, unsigned long long[::1] words) except *
-    cdef void _grow(self) except *
+    cdef Py_ssize_t room
+    cdef int _begin(self, unsigned long long prp1, unsigned long long prp2, unsigned long long size) except -1 nogil
+    cdef int _entry(self, unsigned long long addr) except -1 nogil
+    cdef void _want(self, unsigned long long addr) noexcept nogil
+    cdef int _list(self, const unsigned long long[::1] words) except -1 nogil
+    cdef int _grow(self) except -1 with gil

@@ -255,6 +255,7 @@ def _discontinuous(addr: int, length: int) -> MisuseError:
     )
 
 
+@cython.final
 @cython.cclass
 class PrpWalker:
     """Reads the PRPs of one command; see the head of the module for the dialogue."""
@@ -262,9 +263,10 @@ class PrpWalker:
     def __init__(self) -> None:
         self.addr = memoryview(array("Q", bytes(8 * 64)))
         self.length = memoryview(array("Q", bytes(8 * 64)))
+        self.room = 64
         self._begin(0, 0, 0)
 
-    def _begin(self, prp1: cython.ulonglong, prp2: cython.ulonglong, size: cython.ulonglong) -> cython.void:
+    def _begin(self, prp1: cython.ulonglong, prp2: cython.ulonglong, size: cython.ulonglong) -> cython.int:
         """Take the command's entries for ``size`` bytes."""
         self.count = 0
         self.left = size
@@ -272,13 +274,13 @@ class PrpWalker:
         self.list_entries = 0
         self.status = 0
         if size == 0:
-            return
+            return 0
         if prp1 & 3 != 0:
             self.status = _BAD_OFFSET
-            return
+            return 0
         self._entry(prp1)
         if self.left == 0:
-            return
+            return 0
         if self.left <= PAGE_SIZE:
             if prp2 & PAGE_MASK_LOW != 0:
                 self.status = _BAD_OFFSET
@@ -288,8 +290,9 @@ class PrpWalker:
             self.status = _BAD_OFFSET
         else:
             self._want(prp2)
+        return 0
 
-    def _entry(self, addr: cython.ulonglong) -> cython.void:
+    def _entry(self, addr: cython.ulonglong) -> cython.int:
         """Memory from ``addr`` to the end of its page, or of the data."""
         take: cython.ulonglong = PAGE_SIZE - (addr & PAGE_MASK_LOW)
         if take > self.left:
@@ -297,12 +300,13 @@ class PrpWalker:
         if self.count > 0 and self.addr[self.count - 1] + self.length[self.count - 1] == addr:
             self.length[self.count - 1] += take
         else:
-            if self.count == len(self.addr):
+            if self.count == self.room:
                 self._grow()
             self.addr[self.count] = addr
             self.length[self.count] = take
             self.count += 1
         self.left -= take
+        return 0
 
     def _want(self, addr: cython.ulonglong) -> cython.void:
         """Ask for the entries of the list at ``addr``: all that are needed, or all up to the end of its page."""
@@ -311,24 +315,28 @@ class PrpWalker:
         self.list_addr = addr
         self.list_entries = needed if needed < room else room
 
-    def _list(self, words: memoryview[int]) -> cython.void:
+    def _list(self, words: memoryview[int]) -> cython.int:
         """Take the entries asked for."""
-        at: cython.int
+        at: cython.int = 0
         entries: cython.int = self.list_entries
         self.list_entries = 0
-        for at in range(entries):
+        while at < entries:
             if words[at] & PAGE_MASK_LOW != 0:
                 self.status = _BAD_OFFSET
-                return
+                return 0
             if at == entries - 1 and self.left > PAGE_SIZE:
                 self._want(words[at])
-                return
+                return 0
             self._entry(words[at])
+            at += 1
+        return 0
 
-    def _grow(self) -> cython.void:
+    def _grow(self) -> cython.int:
         """Double the arrays."""
-        self.addr = memoryview(array("Q", bytes(self.addr) + bytes(8 * len(self.addr))))
-        self.length = memoryview(array("Q", bytes(self.length) + bytes(8 * len(self.length))))
+        self.addr = memoryview(array("Q", bytes(self.addr) + bytes(8 * self.room)))
+        self.length = memoryview(array("Q", bytes(self.length) + bytes(8 * self.room)))
+        self.room *= 2
+        return 0
 
     def begin(self, prp1: int, prp2: int, size: int) -> None:
         """Start reading a command's PRPs that describe ``size`` bytes."""

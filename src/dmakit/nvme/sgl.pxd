@@ -24,6 +24,9 @@ cdef class SglWriter(ListWriter):
     cdef int _feed(self, unsigned long long addr, unsigned long long length) noexcept nogil
     cdef void _finish(self) noexcept nogil
     cdef bint _look(self, unsigned long long chain, int entries) noexcept nogil
+    cdef int _build(self, const unsigned long long[::1] addrs, const unsigned long long[::1] lengths, Py_ssize_t first,
+                    Py_ssize_t end) except? -1 nogil
+    cdef unsigned long long _word(self, bint high) noexcept nogil
 
 cdef class SglWalker:
     cdef readonly unsigned long long[::1] addr
@@ -40,11 +43,15 @@ cdef class SglWalker:
     cdef bint last
     cdef bint discard
     cdef int short_status
-    cdef void _begin(self, unsigned long long low, unsigned long long high, unsigned long long size, bint to_host,
-                     bint metadata) except *
-    cdef int _descriptor(self, unsigned long long low, unsigned long long high, bint final) except -1
-    cdef int _point(self, unsigned long long addr, unsigned long long length, bint last) except -1
-    cdef int _data(self, unsigned long long addr, unsigned long long length, bint bucket) except -1
-    cdef void _segment(self, unsigned long long[::1] words, Py_ssize_t n) except *
-    cdef void _close(self) noexcept
-    cdef void _append(self, unsigned long long addr, unsigned long long length) except *
+    cdef bint was_last
+    cdef Py_ssize_t space
+    cdef int _begin(self, unsigned long long low, unsigned long long high, unsigned long long size, bint to_host,
+                    bint metadata) except -1 nogil
+    cdef int _descriptor(self, unsigned long long low, unsigned long long high, bint final) except -1 nogil
+    cdef int _point(self, unsigned long long addr, unsigned long long length, bint last) noexcept nogil
+    cdef int _data(self, unsigned long long addr, unsigned long long length, bint bucket) except -1 nogil
+    cdef void _enter(self) noexcept nogil
+    cdef int _part(self, const unsigned long long[::1] words, Py_ssize_t count, bint final) except -1 nogil
+    cdef void _close(self) noexcept nogil
+    cdef int _append(self, unsigned long long addr, unsigned long long length) except -1 nogil
+    cdef int _grow(self) except -1 with gil

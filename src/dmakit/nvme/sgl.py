@@ -193,6 +193,7 @@ def _checked(addr: int, length: int) -> None:
         raise MisuseError(f"SGL: range (addr={addr:#x}, length={length}): addr in [0, 2^63), length in [1, 2^32)")
 
 
+@cython.final
 @cython.cclass
 class SglWalker:
     """Reads the SGL of one command. ``dword``: blocks must be multiples of 4; ``bit_bucket`` and ``longer`` (an SGL
@@ -204,6 +205,7 @@ class SglWalker:
         self.longer = longer
         self.addr = memoryview(array("Q", bytes(8 * 64)))
         self.length = memoryview(array("Q", bytes(8 * 64)))
+        self.space = 64
         self._begin(0, 0, 0, True, False)
 
     def _begin(
@@ -213,7 +215,7 @@ class SglWalker:
         size: cython.ulonglong,
         to_host: cython.bint,
         metadata: cython.bint,
-    ) -> cython.void:
+    ) -> cython.int:
         """Take the command's descriptor for ``size`` bytes."""
         self.count = 0
         self.left = size
@@ -225,9 +227,10 @@ class SglWalker:
         self.short_status = _BAD_META_LENGTH if metadata else _BAD_DATA_LENGTH
         self.status = 0
         if size == 0:
-            return
+            return 0
         self.status = self._descriptor(low, high, True)
         self._close()
+        return 0
 
     def _descriptor(self, low: cython.ulonglong, high: cython.ulonglong, final: cython.bint) -> cython.int:
         """One descriptor; ``final``: it is the last one of its segment. Returns a status."""
@@ -273,27 +276,41 @@ class SglWalker:
             self.left -= length
         return 0
 
-    def _append(self, addr: cython.ulonglong, length: cython.ulonglong) -> cython.void:
-        """Add a range; the arrays double when they are full."""
-        if self.count == len(self.addr):
-            self.addr = memoryview(array("Q", bytes(self.addr) + bytes(8 * len(self.addr))))
-            self.length = memoryview(array("Q", bytes(self.length) + bytes(8 * len(self.length))))
+    def _append(self, addr: cython.ulonglong, length: cython.ulonglong) -> cython.int:
+        """Add a range."""
+        if self.count == self.space:
+            self._grow()
         self.addr[self.count] = addr
         self.length[self.count] = length
         self.count += 1
+        return 0
 
-    def _segment(self, words: memoryview[int], n: cython.Py_ssize_t) -> cython.void:
-        """Take the ``n`` descriptors of the segment asked for."""
-        at: cython.Py_ssize_t
-        was_last: cython.bint = self.last
+    def _grow(self) -> cython.int:
+        """Double the arrays."""
+        self.addr = memoryview(array("Q", bytes(self.addr) + bytes(8 * self.space)))
+        self.length = memoryview(array("Q", bytes(self.length) + bytes(8 * self.space)))
+        self.space *= 2
+        return 0
+
+    def _enter(self) -> cython.void:
+        """Begin with the segment asked for: its descriptors come in one ``_part`` or several."""
+        self.was_last = self.last
         self.segment_bytes = 0
-        for at in range(n):
-            self.status = self._descriptor(words[2 * at], words[2 * at + 1], at == n - 1)
+
+    def _part(self, words: memoryview[int], count: cython.Py_ssize_t, final: cython.bint) -> cython.int:
+        """Take ``count`` descriptors; ``final``: with them the segment ends. Returns the status."""
+        at: cython.Py_ssize_t = 0
+        while at < count:
+            self.status = self._descriptor(words[2 * at], words[2 * at + 1], final and at == count - 1)
             if self.status != 0:
-                return
-        if not was_last and self.segment_bytes == 0:
-            self.status = _BAD_SEGMENT
-        self._close()
+                self.segment_bytes = 0
+                return self.status
+            at += 1
+        if final:
+            if not self.was_last and self.segment_bytes == 0:
+                self.status = _BAD_SEGMENT
+            self._close()
+        return self.status
 
     def _close(self) -> cython.void:
         """At the end of the chain the data must be described in full; after an error nothing more is read."""
@@ -314,7 +331,8 @@ class SglWalker:
         """The ``segment_bytes`` bytes that were read at ``segment_addr``."""
         if len(payload) != self.segment_bytes or not payload:
             raise MisuseError(f"SGL segment: {len(payload)} bytes given, {self.segment_bytes} asked for")
-        self._segment(memoryview(array("Q", payload)), len(payload) >> 4)
+        self._enter()
+        self._part(memoryview(array("Q", payload)), len(payload) >> 4, True)
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
