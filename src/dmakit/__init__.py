@@ -28,7 +28,7 @@ _PUBLIC = {
     "UnsupportedError": "dmakit.errors",
 }
 
-_ROOMS = {"vfio": "dmakit.platform.linux"}
+_ROOMS = {"soft": "dmakit.platform.soft", "vfio": "dmakit.platform.linux"}
 
 __all__ = ["__version__", *sorted(_PUBLIC), *_ROOMS]
 

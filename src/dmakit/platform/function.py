@@ -27,12 +27,12 @@ from dmakit.platform.registers import ConfigRegisters, Registers
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from dmakit.platform.linux.kernel import Kernel
+    from dmakit.platform.eventfds import Eventfds
     from dmakit.platform.pci import PciDevice
 
 
 class PciFunction(ABC):
-    """An open function, a context manager; ``kernel`` has the eventfds, ``irqs`` adds to them.
+    """An open function, a context manager; ``irqs`` adds to eventfds.
 
     Whoever makes one sets ``config`` and ``dma``; ``regions`` are those that were asked for.
     """
@@ -40,13 +40,13 @@ class PciFunction(ABC):
     config: ConfigRegisters
     dma: Any
 
-    def __init__(self, machine: Any, info: PciDevice, kernel: Kernel, irqs: IrqSource, owns_machine: bool) -> None:
-        self.machine, self.info, self.kernel, self.irqs = machine, info, kernel, irqs
+    def __init__(self, machine: Any, info: PciDevice, eventfds: Eventfds, irqs: IrqSource, owns_machine: bool) -> None:
+        self.machine, self.info, self.eventfds, self.irqs = machine, info, eventfds, irqs
         self.owns_machine = owns_machine
         self.bdf = info.bdf
         self.regions: dict[int, Any] = {}
         self.closed = False
-        self.notices = Notices(kernel, self.bdf)
+        self.notices = Notices(eventfds, self.bdf)
         self._interrupts: Interrupts | None = None
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class PciFunction(ABC):
         if not kind:
             counts = self.interrupt_counts()
             kind = next((name for name in ("msix", "msi", "intx") if counts[name] >= count), "msix")
-        self._interrupts = Interrupts(self.kernel, self.irqs, kind, count, self.notices)
+        self._interrupts = Interrupts(self.eventfds, self.irqs, kind, count, self.notices)
         return self._interrupts
 
     # What the host says ---------------------------------------------------------------------------------------

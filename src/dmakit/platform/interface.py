@@ -2,7 +2,8 @@
 
 A *platform* makes memory (``buffer``) and devices (``device``) and keeps the accounts. Above it the code is the same;
 what only one platform can do is its own: BARs are made on the software machine (``add_bar``) and found on a host,
-where a device is also opened with its registers (``open``) and a caller's memory is taken in (``register``).
+where a caller's memory is taken in (``register``). A PCI function is opened (``open``) on both, with all that
+``platform.function.PciFunction`` has; the software machine needs one plugged in before (``plug``).
 
 What a platform cannot observe is None in ``snapshot``, never 0; ``ledger`` itself counts what this process did.
 """
@@ -20,6 +21,7 @@ from dmakit.ledger import Ledger
 from dmakit.memory.buffers import Buffer
 from dmakit.memory.pages import PageAllocator
 from dmakit.memory.physical import PhysicalMemory
+from dmakit.platform.function import PciFunction
 from dmakit.swiotlb.bounce import Swiotlb
 
 
@@ -42,6 +44,11 @@ class Platform(Protocol):
 
     def device(self, name: str, **options: Any) -> Device:
         """The mappings of the device ``name``; options are those of ``dma.device.Device``."""
+
+    def open(self, bdf: str, *, owns_machine: bool = False, **options: Any) -> PciFunction:
+        """Take the PCI function at ``bdf``; ``options`` are those of ``dma.device.Device``.
+
+        ``owns_machine``: closing it closes the machine."""
 
     def record_events(self, events: list[Any] | None) -> None:
         """Append what happens to ``events`` from now on; None: no more."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 from dmakit.errors import DmakitError, MisuseError, UnsupportedError
 
 if TYPE_CHECKING:
-    from dmakit.platform.linux.kernel import Kernel
+    from dmakit.platform.eventfds import Eventfds
     from dmakit.platform.notices import Notices
 
 KINDS = ("intx", "msi", "msix")
@@ -54,38 +54,40 @@ class Interrupt:
 
     def take(self) -> int:
         """How often it fired since the last call, without waiting."""
-        return self.owner.kernel.take_events(self.fd, 0)
+        return self.owner.eventfds.take_events(self.fd, 0)
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait up to ``timeout`` seconds (None: for ever); how often it fired, 0 when it did not.
 
         HostError, at once, when it did not and the host wants the device back or reports that it failed.
         """
-        kernel, notices = self.owner.kernel, self.owner.notices
-        fired = kernel.take_events(self.fd, 0 if notices.heard else timeout, notices.descriptors())
+        eventfds, notices = self.owner.eventfds, self.owner.notices
+        fired = eventfds.take_events(self.fd, 0 if notices.heard else timeout, notices.descriptors())
         if not fired and (error := notices.error()) is not None:
             raise error
         return fired
 
     def unmask(self) -> None:
-        """Open a line that masked itself when it fired (INTx)."""
+        """Open a line that masked itself when it fired (INTx); UnsupportedError for vectors, which do not."""
+        if self.owner.kind != "intx":
+            raise UnsupportedError(f"{self.owner.kind} vectors do not mask themselves: there is nothing to open")
         self.owner.source.unmask(self.owner.kind, self.vector)
 
 
 class Interrupts:
-    """``count`` vectors of one ``kind`` (``msix``, ``msi``, ``intx``), on until ``close``; ``kernel`` has eventfds."""
+    """``count`` vectors of one ``kind`` (``msix``, ``msi``, ``intx``), on until ``close``."""
 
-    def __init__(self, kernel: Kernel, source: IrqSource, kind: str, count: int, notices: Notices) -> None:
+    def __init__(self, eventfds: Eventfds, source: IrqSource, kind: str, count: int, notices: Notices) -> None:
         if kind not in KINDS:
             raise MisuseError(f"kind={kind!r}: must be one of {', '.join(KINDS)}")
-        self.kernel, self.source, self.kind, self.notices = kernel, source, kind, notices
+        self.eventfds, self.source, self.kind, self.notices = eventfds, source, kind, notices
         self.vectors: list[Interrupt] = []
         there = source.count(kind)
         if count < 1 or count > there:
             raise UnsupportedError(f"{count} {kind} vectors: the device has {there}")
         try:
             for vector in range(count):
-                self.vectors.append(Interrupt(self, vector, kernel.eventfd()))
+                self.vectors.append(Interrupt(self, vector, eventfds.eventfd()))
             source.listen(kind, [entry.fd for entry in self.vectors])
         except BaseException:
             self._close_eventfds()
@@ -109,5 +111,5 @@ class Interrupts:
 
     def _close_eventfds(self) -> None:
         for entry in self.vectors:
-            self.kernel.close(entry.fd)
+            self.eventfds.close(entry.fd)
         self.vectors = []

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from dmakit.errors import HostError
 
 if TYPE_CHECKING:
+    from dmakit.platform.eventfds import Eventfds
     from dmakit.platform.interrupts import IrqSource
-    from dmakit.platform.linux.kernel import Kernel
 
 TEXTS = {
     "err": "the host reports a fatal error of the device (PCI Express AER)",
@@ -35,8 +35,8 @@ _ERRNOS = {"req": errno.ENODEV, "err": errno.EIO}
 class Notices:
     """The notices about one device; ``name`` is for messages. ``heard``: the kinds that came."""
 
-    def __init__(self, kernel: Kernel, name: str) -> None:
-        self.kernel, self.name = kernel, name
+    def __init__(self, eventfds: Eventfds, name: str) -> None:
+        self.eventfds, self.name = eventfds, name
         self.heard: set[str] = set()
         self._armed: dict[int, str] = {}
         self._ready = select.poll()
@@ -46,7 +46,7 @@ class Notices:
         try:
             for kind in TEXTS:
                 if source.count(kind):
-                    fd = self.kernel.eventfd()
+                    fd = self.eventfds.eventfd()
                     self._armed[fd] = kind
                     self._ready.register(fd, select.POLLIN)
                     source.listen(kind, [fd])
@@ -61,7 +61,7 @@ class Notices:
     def listen(self) -> set[str]:
         """The kinds that have come by now; never waits (one system call)."""
         for fd, _ in self._ready.poll(0):
-            self.kernel.take_events(fd, 0)
+            self.eventfds.take_events(fd, 0)
             self.heard.add(self._armed[fd])
         return self.heard
 
@@ -74,5 +74,5 @@ class Notices:
     def close(self) -> None:
         """Close the eventfds; what was heard stays. A second call does nothing."""
         for fd in self._armed:
-            self.kernel.close(fd)
+            self.eventfds.close(fd)
         self._armed, self._ready = {}, select.poll()

@@ -51,7 +51,7 @@ class Device(PciFunction):
 
     def __init__(self, machine: Machine, info: PciDevice, fd: int, space: Any, owns_machine: bool) -> None:
         super().__init__(machine, info, machine.kernel, VfioIrqs(machine.kernel, fd), owns_machine)
-        self.fd, self.space = fd, space
+        self.kernel, self.fd, self.space = machine.kernel, fd, space
         self.dma = None
         self._dma_bufs: dict[tuple[int, int], int] = {}
         facts = LAYOUTS["vfio_device_info"].pack()

@@ -20,16 +20,15 @@ import fcntl
 import mmap
 import os
 import resource
-import select
 import stat
 import subprocess
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dmakit.errors import HostError
 from dmakit.failpoint import FailPoint
+from dmakit.platform.eventfds import Eventfds
 from dmakit.platform.huge_pages import shared_huge
 from dmakit.platform.linux.uapi import IOCTLS
 
@@ -96,13 +95,13 @@ class UserAccount:
             self.bytes += size
 
 
-class Kernel:
+class Kernel(Eventfds):
     """The host's kernel. ``fail`` is shared with the machine, ``user`` by all machines of the process."""
 
     user = UserAccount()
 
     def __init__(self, fail: FailPoint | None = None) -> None:
-        self.fail = FailPoint() if fail is None else fail
+        super().__init__(fail)
         libc = ctypes.CDLL(None, use_errno=True)
         self._mmap = libc.mmap
         self._mmap.restype = ctypes.c_void_p
@@ -126,11 +125,6 @@ class Kernel:
             return os.open(path, flags | os.O_CLOEXEC)
         except OSError as error:
             raise host_error("open", error.errno or errno.EIO, f"({path})") from error
-
-    def close(self, fd: int) -> None:
-        """Give a file descriptor back."""
-        with contextlib.suppress(OSError):
-            os.close(fd)
 
     def ioctl(self, fd: int, name: str, data: bytearray | int = 0) -> int:
         """One ioctl by name; a bytearray is changed in place. Returns what the kernel returns (≥ 0)."""
@@ -202,26 +196,6 @@ class Kernel:
         ctypes.c_ubyte.from_address(address).value  # noqa: B018
 
     # Events --------------------------------------------------------------------------------------------------
-
-    def eventfd(self) -> int:
-        """A counter that a device's interrupt adds to."""
-        self._ask("eventfd")
-        try:
-            return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        except OSError as error:
-            raise host_error("eventfd", error.errno or errno.EIO) from error
-
-    def take_events(self, fd: int, timeout: float | None, others: Sequence[int] = ()) -> int:
-        """Events since the last call, waiting up to ``timeout`` seconds (None: for ever) for the first; 0 = none.
-
-        The wait also ends when one of the ``others`` can be read.
-        """
-        if fd not in select.select([fd, *others], [], [], timeout)[0]:
-            return 0
-        try:
-            return os.eventfd_read(fd)
-        except BlockingIOError:
-            return 0
 
     # sysfs and proc ------------------------------------------------------------------------------------------
 

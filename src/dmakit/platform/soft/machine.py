@@ -4,6 +4,9 @@ Physical addresses: RAM from 0 to at most 2 GiB, then the PCI hole, the rest of 
 for device BARs. The bounce pool lies at the top of low RAM. Page tables come from a part of RAM of their own, so
 that the addresses of buffers do not depend on how they are mapped: two strategies see the same buffers.
 
+PCI functions are plugged into slots (``plug``) and opened like real ones (``open``). Their register BARs lie in the PCI
+hole, their memory BARs in the window above RAM.
+
 Every device has its own domain, IOVA space and, in lazy mode, flush queue. Reserved in each IOVA space: the windows
 of the host bridge (an IOVA there would reach a BAR, not memory) and the MSI window. As in Linux, an untrusted
 device is strict whatever the mode, and so is everybody behind an IOMMU in caching mode.
@@ -20,6 +23,7 @@ Models what firmware and ``drivers/iommu/dma-iommu.c`` (iommu_dma_init_domain, i
 
 from __future__ import annotations
 
+import errno
 import importlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from dmakit.clock import VirtualClock
 from dmakit.consts import PAGE_SHIFT, PAGE_SIZE
 from dmakit.dma.device import Device
-from dmakit.errors import DmakitError, ExhaustedError, InputError, MisuseError
+from dmakit.errors import DmakitError, ExhaustedError, HostError, InputError, MisuseError
 from dmakit.failpoint import FailPoint
 from dmakit.iommu.domain import PageTableDomain
 from dmakit.iommu.formats.vtdss import VtdSecondStage
@@ -43,17 +47,24 @@ from dmakit.memory.buffers import Buffer, allocate
 from dmakit.memory.cache import CpuCache
 from dmakit.memory.pages import PageAllocator
 from dmakit.memory.physical import PhysicalMemory, Region
+from dmakit.platform.pci import checked_bdf, requester_id
+from dmakit.platform.soft.device import Device as OpenDevice
+from dmakit.platform.soft.function import Function
 from dmakit.swiotlb.bounce import Swiotlb
 from dmakit.units import GIB, MIB, parse_size
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from dmakit.platform.soft.model import Model
+
 LOW_RAM_END = 2 * GIB
 HIGH_RAM_START = 4 * GIB
 FIRST_USABLE = MIB
 BAR_WINDOW = 64 * GIB
 MSI_WINDOW = (0xFEE00, 0xFEEFF)
+REGISTER_WINDOW = (0xC0000000, 0xFEC00000)
+FIRST_SLOT, SLOTS = 4, 32
 BRIDGE_WINDOWS = ((0xA0, 0xBF), (0x80000, 0xAFFFF), (0xC0000, 0xFEBFF))
 
 IOMMUS = ("vtd", "x86", "none")
@@ -114,6 +125,9 @@ class Machine:
         self.levels, self.coherent_walker, self.caching_mode = levels, coherent_walker, caching_mode
         self.ledger, self.clock, self.fail = Ledger(cpus), VirtualClock(), FailPoint()
         self.devices: list[Device] = []
+        self.functions: dict[str, Function] = {}
+        self.opened: list[OpenDevice] = []
+        self._next_window = REGISTER_WINDOW[0]
         self.events: list[Any] | None = None
         self.node_pages: list[PageAllocator] = []
         self._lay_out(_bytes("ram", ram), nodes, seed, fragmentation, swiotlb, pool)
@@ -259,6 +273,66 @@ class Machine:
             self._record_device(device, self.events)
         return device
 
+    def _retire(self, device: Device) -> None:
+        """A device's domain goes, whatever is mapped in it."""
+        if device.flush_queue is not None:
+            device.flush_queue.close()
+        if device.iovad is not None:
+            device.iovad.close()
+        if device.domain is not None:
+            device.domain.detach()
+        self.devices.remove(device)
+
+    # PCI functions -----------------------------------------------------------------------------------------
+
+    def take_window(self, size: int) -> int:
+        """Addresses below 4 GiB for ``size`` bytes (a power of two) of registers."""
+        start = -(-self._next_window // size) * size
+        if start + size > REGISTER_WINDOW[1]:
+            raise ExhaustedError(f"no room for a BAR of {size} bytes below {REGISTER_WINDOW[1]:#x}")
+        self._next_window = start + size
+        return start
+
+    def plug(self, model: Model, bdf: str = "") -> Function:
+        """Put a device into the slot ``bdf``, or the next free one; it can be opened then."""
+        free = (f"0000:00:{slot:02x}.0" for slot in range(FIRST_SLOT, SLOTS))
+        full = checked_bdf(bdf) if bdf else next((slot for slot in free if slot not in self.functions), "")
+        if not full:
+            raise ExhaustedError("no free slot on bus 0: name one of another bus")
+        if full in self.functions:
+            raise MisuseError(f"{full}: the slot is taken")
+        self.functions[full] = Function(self, full, model)
+        return self.functions[full]
+
+    def open(self, bdf: str, *, owns_machine: bool = False, **options: Any) -> OpenDevice:
+        """Take the function at ``bdf``, as ``vfio.Machine.open``; ``options`` are those of ``dma.device.Device``."""
+        full = checked_bdf(bdf)
+        function = self.functions.get(full)
+        if function is None or not function.present:
+            raise HostError(f"{full}: this machine has no such PCI function; plug one in: Machine.plug", errno.ENODEV)
+        if function.port is not None:
+            raise MisuseError(f"{full} is open already")
+        device = OpenDevice(self, function, owns_machine)
+        try:
+            device.notices.arm(function)
+            device.dma = self.device(full, source=requester_id(full), **options)
+        except BaseException:
+            function.leave()
+            device.notices.close()
+            raise
+        function.port = device.dma.port
+        device.prepare()
+        self.opened.append(device)
+        return device
+
+    def give_back(self, device: OpenDevice) -> None:
+        """What ``Device.close`` calls: the function is deaf and reset, then its mappings go."""
+        device.function.leave()
+        self.opened.remove(device)
+        self._retire(device.dma)
+
+    # Translation -------------------------------------------------------------------------------------------
+
     def _translation(self, name: str, requester: int, options: dict[str, Any]) -> dict[str, Any]:
         """Domain, IOVA space, port and flush queue of one device."""
         assert self.unit is not None and self.tables is not None
@@ -354,7 +428,9 @@ class Machine:
         }
 
     def close(self) -> None:
-        """Stop every timer and flush what waits."""
+        """Give open functions back, stop every timer and flush what waits."""
+        for function in reversed(self.opened[:]):
+            function.close()
         for device in self.devices:
             if device.flush_queue is not None:
                 device.flush_queue.close()
