@@ -38,6 +38,14 @@ def test_the_tutorial(iommufd: bool, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert fake.left() == {"files": 0, "pinned": 0}
 
 
+def test_the_tutorial_on_the_software_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the one line changed that the guide shows."""
+    ((there, here),) = re.findall(r"```diff\n-(.*)\n\+(.*)\n```", GUIDE.read_text())
+    assert blocks()[0].count(there) == 1
+    exec(blocks()[0].replace(there, here), {})  # noqa: S102
+    assert capsys.readouterr().out.splitlines() == ["1234:11e8", "edu 1.0", "b'hello, real IOMMU'"]
+
+
 @pytest.mark.parametrize("backend", ("type1", "iommufd"))
 def test_the_fake_host_answers_as_a_kernel_does(backend: str) -> None:
     recorded = [line.split(None, 1)[1] for line in RECORDED.read_text().splitlines() if line.startswith(backend)]

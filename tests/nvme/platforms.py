@@ -1,8 +1,9 @@
 """The platforms that the driver's contract tests run on, without a line of difference: what ``Controller.open`` takes.
 
-``soft``: the software machine. ``type1``, ``iommufd``: the same controller model behind a fake VFIO device, whose
-registers, mappings and interrupts go through the code that talks to a real kernel; in the test VM QEMU's drive behind
-that kernel, where what only a model can do (bad blocks, faults, counters) is gated.
+``soft``: the software machine. ``pci``: the same controller model as a PCI function of it, reached as a real one is.
+``type1``, ``iommufd``: the model behind a fake VFIO device, whose registers, mappings and interrupts go through the
+code that talks to a real kernel; in the test VM QEMU's drive behind that kernel, where what only a model can do (bad
+blocks, faults, counters) is gated.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tests.support.gates import gate
-from tests.support.platforms import IN_GUEST, PLATFORMS
+from tests.support.platforms import IN_GUEST
 from tests.support.sweep import descriptors
 from tests.support.vfio.devices import FakeNvme
 from tests.support.vfio.host import FakeHost
 
 from dmakit.nvme.controller import Controller
+from dmakit.nvme.function import NvmeFunction
 from dmakit.nvme.model import ControllerModel
 from dmakit.nvme.namespace import Namespace
 from dmakit.nvme.software import SoftHost
@@ -25,6 +27,7 @@ from dmakit.platform.linux.machine import Machine as LinuxMachine
 from dmakit.platform.soft import Machine as SoftMachine
 
 __all__ = ["PLATFORMS", "World", "world"]
+PLATFORMS = ("soft", "pci", "type1", "iommufd")
 BDF = "0000:00:04.0"
 BLOCKS = 8192
 
@@ -38,16 +41,18 @@ class World:
         self.build, self.model_options = build, model
         self.soft: SoftMachine | None = None
         self.fake: FakeHost | None = None
-        if platform == "soft":
+        if platform in ("soft", "pci"):
             self.soft = SoftMachine(ram="96M", swiotlb="1M", mode="strict")
             self.machine: Any = self.soft
+            if platform == "pci":
+                self.soft.plug(NvmeFunction([self.space], build=build, **model), BDF)
         else:
             self.fake = FakeHost([FakeNvme(BDF, 4, namespaces=[self.space], build=build, **model)])
             self.machine = LinuxMachine(ram="64M", kernel=self.fake, backend=platform)
 
     def open(self, **options: Any) -> Controller:
         """Bring the controller up."""
-        if self.soft is None:
+        if self.platform != "soft":
             return Controller.open(BDF, machine=self.machine, **options)
         return Controller.open(
             "soft", machine=self.soft, namespaces=[self.space], build=self.build, **self.model_options, **options
@@ -64,12 +69,17 @@ class World:
         host: Any = controller.host
         if isinstance(host, SoftHost):
             return host.model
+        if isinstance(host.machine, SoftMachine):
+            return host.device.function.model.controller
         found: ControllerModel = host.machine.kernel.devices[BDF].controller
         return found
 
     def masters_the_bus(self, model: ControllerModel) -> bool:
         """Whether the controller can reach memory at all."""
-        return bool(model.port.enabled if self.fake is None else self.fake.devices[BDF].master)
+        if self.fake is not None:
+            return bool(self.fake.devices[BDF].master)
+        assert self.soft is not None
+        return self.soft.functions[BDF].config.masters if self.soft.functions else model.port.enabled
 
     def abandon(self) -> None:
         """The test has failed, or was gated: whatever is left goes."""
@@ -92,7 +102,9 @@ class World:
 @contextmanager
 def world(platform: str, **options: Any) -> Iterator[World]:
     """A platform; afterwards nothing may be left."""
-    made = GuestWorld(platform, **options) if IN_GUEST and platform != "soft" else World(platform, **options)
+    made = (
+        GuestWorld(platform, **options) if IN_GUEST and platform in ("type1", "iommufd") else World(platform, **options)
+    )
     try:
         yield made
     except BaseException:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.nvme.auto_world import BDF, PAGE, World, costs, world
-from tests.nvme.platforms import PLATFORMS
 from tests.nvme.platforms import world as controllers
+from tests.support.platforms import PLATFORMS
 from tests.support.vfio.devices import FakeEdu
 from tests.support.vfio.host import FakeHost
 

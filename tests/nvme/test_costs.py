@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tests.nvme.auto_world import BDF, PAGE, World, world
-from tests.nvme.platforms import PLATFORMS
+from tests.support.platforms import PLATFORMS
 from tests.support.sweep import sweep
 from tests.support.vfio.devices import FakeEdu
 from tests.support.vfio.host import FakeHost

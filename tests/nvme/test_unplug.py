@@ -108,7 +108,7 @@ def test_what_is_in_flight_ends_well_when_the_drive_does(world: World) -> None:
     """The drive works on until the queues are deleted; nothing more is given to it."""
     with world.open() as controller:
         driver, drive = controller.driver, world.drive
-        wait, drive.auto = driver.transport.wait, False
+        wait, drive.model.auto = driver.transport.wait, False
 
         def works(timeout_ns: int) -> bool:
             drive.controller.run()
@@ -126,7 +126,7 @@ def test_what_is_in_flight_ends_well_when_the_drive_does(world: World) -> None:
             driver.submit(requests[0], nsid=1)
         ended = driver.poll()
         assert [(done.status, done.error) for done in ended] == [(0, None)] * 4 and driver.in_flight == 0
-        drive.auto = True
+        drive.model.auto = True
     assert world.deleted == [0, 4]
     assert world.drive.controller.io.namespaces[1].read(0, 32) == DATA * 4
 
@@ -142,7 +142,7 @@ def test_what_does_not_end_gets_the_error_in_bounded_time(
 
     async def main() -> list[Any]:
         async with world.open() as controller:
-            world.drive.auto = False  # nothing is executed any more, not even Delete I/O SQ
+            world.drive.model.auto = False  # nothing is executed any more, not even Delete I/O SQ
             timer.start()
             disk = controller.namespaces[1]
             return await asyncio.gather(*(disk.write(8 * at, DATA) for at in range(20)), return_exceptions=True)
@@ -178,11 +178,11 @@ def test_a_wait_for_interrupts_ends_at_once(world: World, index: int) -> None:
 def test_commands_of_a_batch_are_lost_and_then_told(world: World, index: int) -> None:
     with world.open(queues=2, strategy="premap") as controller, controller.buffer(4096) as buffer:
         batch = controller.batch(1)
-        world.drive.auto = False
+        world.drive.model.auto = False
         low, high = pointers(array("Q", [buffer.address()]), 4096)
         zero, count, tag, status = (memoryview(array("Q", [n])) for n in (0, 8, 77, 0))
         assert batch.submit("write", zero, count, memoryview(low), memoryview(high), tag) == 1
-        world.drive.auto = True
+        world.drive.model.auto = True
         world.drive.notify(index)
         tags = memoryview(array("Q", [0]))
         assert batch.complete(tags, status, wait_ns=1) == 0

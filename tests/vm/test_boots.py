@@ -42,7 +42,7 @@ class Boot:
         return self.paths not in (GUEST, HOTPLUG)
 
 
-GUEST = ("tests/vm/guest",)
+GUEST = ("tests/vm/guest", "tests/pci/test_functions.py", "tests/pci/test_accesses.py")
 HOTPLUG = (
     "tests/vm/guest/test_unplug.py",
     "tests/vm/guest/test_boot_line.py",

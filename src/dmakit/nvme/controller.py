@@ -73,7 +73,9 @@ class Controller:
         record: bool = False,
         **host: Any,
     ) -> Controller:
-        """Open ``"soft"`` (a software machine with a controller model) or a PCI address (VFIO) and bring it up.
+        """Open ``"soft"`` (a software machine with a controller model) or a PCI address and bring it up.
+
+        A PCI address is this host's (VFIO), or, with ``machine=soft.Machine(…)``, that of an ``NvmeFunction`` there.
 
         ``queues`` I/O queue pairs of ``depth`` commands; ``strategy``: how memory is mapped (``nvme.strategies``; None:
         ``auto`` on VFIO, where a mapping is a system call; ``premap`` on the software machine, whose runs must not

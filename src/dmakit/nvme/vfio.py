@@ -1,11 +1,13 @@
-"""A real controller behind the driver: registers in BAR 0, interrupts through eventfds, memory that VFIO maps.
+"""A PCI controller behind the driver: registers in BAR 0, interrupts through eventfds, memory mapped for it.
+
+A real one through VFIO, or one of the software machine (``nvme.function``): the driver sees the same.
 
 Registers and doorbells are single aligned 32-bit stores and loads of the mapped BAR (a 64-bit property is two of them,
 low half first, which every controller takes). Bus mastering is on only between ``start`` and ``stop``. With interrupts,
 vector 0 is the admin queue's and vector n that of I/O queue n; a device with fewer shares the last one; without any,
 the driver polls.
 
-Closing is the host's order (``vfio.Device.close``): bus mastering off, interrupts off, device given back, then memory.
+Closing is the host's order (``PciFunction.close``): bus mastering off, interrupts off, device given back, then memory.
 """
 
 from __future__ import annotations
@@ -22,17 +24,17 @@ from dmakit.nvme.coherent import DeviceSource
 from dmakit.nvme.pool import CoherentSource
 from dmakit.nvme.spec import Reg
 from dmakit.nvme.transport import DeviceMemory, Notice, SharedMemory
-from dmakit.platform.linux.device import Device
-from dmakit.platform.linux.machine import Machine
+from dmakit.platform.function import PciFunction
+from dmakit.platform.interface import Platform
 
 NVME_CLASS = 0x010802
 _SPIN_NS = 50_000  # polling: how long to spin before sleeping
 
 
 class VfioTransport:
-    """``nvme.transport.Transport`` over a ``vfio.Device``; up to ``vectors`` interrupts, 0 = poll."""
+    """``nvme.transport.Transport`` over a ``PciFunction``; up to ``vectors`` interrupts, 0 = poll."""
 
-    def __init__(self, device: Device, vectors: int = 0) -> None:
+    def __init__(self, device: PciFunction, vectors: int = 0) -> None:
         self.pci = device
         self.device: Any = device.dma
         self.name = device.bdf
@@ -122,7 +124,7 @@ class VfioTransport:
 
 
 class VfioHost:
-    """The controller at a PCI address, on a machine of its own (``backend``, ``ram``) or on ``machine``.
+    """The controller at a PCI address, of this host (``backend``, ``ram``) or of ``machine``, a real or a software one.
 
     ``interrupts``: False to poll. Raises HostError with the remedy when the device is not ours to take.
     """
@@ -135,13 +137,15 @@ class VfioHost:
         interrupts: bool = True,
         backend: str = "auto",
         ram: int | str = "256M",
-        machine: Machine | None = None,
+        machine: Platform | None = None,
     ) -> None:
+        from dmakit.platform.linux.machine import Machine
+
         self._own = machine is None
-        self.machine = Machine(backend=backend, ram=ram) if machine is None else machine
+        self.machine: Any = Machine(backend=backend, ram=ram) if machine is None else machine
         self.name = bdf
         try:
-            self.device = self.machine.open(bdf)
+            self.device: Any = self.machine.open(bdf)
             try:
                 self.transport = self._transport(vectors if interrupts else 0)
             except BaseException:

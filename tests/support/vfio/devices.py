@@ -1,4 +1,4 @@
-"""Devices of the fake host: a general one, QEMU's ``edu``, and the NVMe controller model behind VFIO.
+"""Devices of the fake host: a general one, and the software machine's models, ``edu`` and NVMe, behind VFIO.
 
 A device reaches memory through the address space that it is attached to and only while it masters the bus; what is
 blocked raises FaultError in the model and is noted in ``faults``, as hardware would log it.
@@ -7,15 +7,19 @@ blocked raises FaultError in the model and is noted in ``faults``, as hardware w
 from __future__ import annotations
 
 import ctypes
-import math
 import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 from dmakit.errors import FaultError
+from dmakit.nvme.function import NvmeFunction
 from dmakit.nvme.model import ControllerModel
 from dmakit.nvme.namespace import Namespace
+from dmakit.platform.soft.config import Config
+from dmakit.platform.soft.edu import Edu
 from tests.support.vfio.pages import PAGE, Space
 
 COMMAND = 4
@@ -107,7 +111,6 @@ class FakeDevice:
     def reset(self) -> None:
         self.resets_seen += 1
         self.level = False
-        self.enable()
 
     # what the device does
 
@@ -151,9 +154,13 @@ class FakeDevice:
 
     def relevel(self) -> None:
         fd = self.eventfds.get(0, {}).get(0, -1)
-        if self.level and not self.masked and fd >= 0:
+        if self.level and not self.masked and not self._cut_off() and fd >= 0:
             self.masked = True
             os.eventfd_write(fd, 1)
+
+    def _cut_off(self) -> bool:
+        """INTx Disable, which VFIO makes a mask."""
+        return False
 
     # accesses of the host by pread and pwrite
 
@@ -164,106 +171,60 @@ class FakeDevice:
         self.regions[index].write(offset, value, width)
 
 
+class Slot:
+    """The model's side of ``soft.Function``, on a device of the fake host."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        self.read, self.write = device.dma_read, device.dma_write
+        self.message, self.set_line = device.trigger, device.set_level
+
+
 class FakeEdu(FakeDevice):
-    """QEMU's educational device (docs/specs/edu.rst): factorials, one interrupt, DMA to and from 4 KiB of its own."""
+    """The software machine's ``edu`` on the fake host, with its configuration space."""
 
-    def __init__(self, bdf: str = "0000:00:05.0", group: int = 5, **options: object) -> None:
-        super().__init__(bdf, group, ids=(0x1234, 0x11E8), class_code=0x00FF00, **options)  # type: ignore[arg-type]
-        self.regions[0] = FakeRegion(1 << 20, self._read, self._write)
-        self.clear()
+    def __init__(self, bdf: str = "0000:00:05.0", group: int = 5, **options: Any) -> None:
+        self.model = Edu()
+        self.model.function = Slot(self)  # type: ignore[assignment]
+        self.model.reset()
+        who = self.model.identity
+        self.space_config = Config(who, {0: 0xC0000000})
+        super().__init__(bdf, group, ids=(who.vendor, who.device), class_code=who.class_code, **options)
+        self.regions[0] = FakeRegion(who.bars[0].size, partial(self.model.read, 0), partial(self.model.write, 0))
 
-    def clear(self) -> None:
-        self.alive = self.value = self.status = self.pending = 0
-        self.dma = {0x80: 0, 0x88: 0, 0x90: 0, 0x98: 0}
-        self.store = bytearray(PAGE)
+    def _configure(self) -> None:
+        config = self.space_config
+        self.regions[7] = FakeRegion(config.size, config.read, self._write_config)
+        self.regions[7].bytes = config.bytes
+
+    def _write_config(self, offset: int, value: int, width: int) -> None:
+        self.space_config.write(offset, value, width)
+        self.relevel()
+
+    def _cut_off(self) -> bool:
+        return self.space_config.line_disabled
 
     def reset(self) -> None:
         super().reset()
-        self.clear()
-
-    def _read(self, offset: int, width: int) -> int:
-        simple = {0: 0x010000ED, 4: self.alive, 8: self.value, 0x20: self.status, 0x24: self.pending}
-        return simple.get(offset, self.dma.get(offset, (1 << 8 * width) - 1))
-
-    def _write(self, offset: int, value: int, width: int) -> None:
-        if offset == 4:
-            self.alive = ~value & 0xFFFFFFFF
-        elif offset == 8:
-            self.value = math.factorial(value) & 0xFFFFFFFF
-        elif offset == 0x60:
-            self._raise(value)
-        elif offset == 0x64:
-            self.pending &= ~value
-            self.set_level(bool(self.pending))
-        elif offset in self.dma:
-            self.dma[offset] = value
-            if offset == 0x98 and value & 1:
-                self._transfer(value)
-
-    def _raise(self, bits: int) -> None:
-        self.pending |= bits
-        if not self.trigger():
-            self.set_level(True)
-
-    def _transfer(self, command: int) -> None:
-        source, target, count = self.dma[0x80], self.dma[0x88], self.dma[0x90]
-        try:
-            if command & 2:
-                at = source - 0x40000
-                self.dma_write(target & 0xFFFFFFF, bytes(self.store[at : at + count]))
-            else:
-                at = target - 0x40000
-                self.store[at : at + count] = self.dma_read(source & 0xFFFFFFF, count)
-        except FaultError:
-            pass  # edu knows no errors
-        self.dma[0x98] &= ~1
-        if command & 4:
-            self._raise(0x100)
-
-
-class _Port:
-    """The NVMe model's way to memory: the device's."""
-
-    def __init__(self, device: FakeDevice) -> None:
-        self.device = device
-
-    def read(self, iova: int, size: int) -> bytes:
-        return self.device.dma_read(iova, size)
-
-    def write(self, iova: int, data: bytes | bytearray | memoryview) -> None:
-        self.device.dma_write(iova, bytes(data))
+        self.model.reset()
 
 
 class FakeNvme(FakeDevice):
-    """The NVMe controller model behind VFIO: BAR 0 is its registers, interrupts are MSI-X vectors.
-
-    ``auto``: it works when a doorbell rings; else when a test calls ``controller.run()``."""
+    """The NVMe controller model behind VFIO: BAR 0 is its registers, interrupts are MSI-X vectors."""
 
     def __init__(
         self, bdf: str = "0000:00:04.0", group: int = 4, *, namespaces: Iterable[Namespace] | None = None,
         auto: bool = True, queues: int = 8,
-        build: Callable[..., ControllerModel] = ControllerModel, **options: object,
+        build: Callable[..., ControllerModel] = ControllerModel, **options: Any,
     ) -> None:  # fmt: skip
+        self.model = NvmeFunction(namespaces, queues=queues, auto=auto, build=build, **options)
+        self.model.plugged(Slot(self))  # type: ignore[arg-type]
+        self.controller = self.model.controller
         super().__init__(bdf, group, ids=(0x1B36, 0x0010), class_code=0x010802, vectors={0: 1, 1: 32, 2: queues + 1},
                          express=True)  # fmt: skip
-        spaces = [Namespace(1, 8192)] if namespaces is None else list(namespaces)
-        self.controller = build(_Port(self), spaces, queues=queues, **options)
-        self.controller.on_interrupt = self.trigger
-        self.auto = auto
-        self.regions[0] = FakeRegion(0x4000, self._read, self._write)
+        self.regions[0] = FakeRegion(
+            self.model.identity.bars[0].size, partial(self.model.read, 0), partial(self.model.write, 0)
+        )
 
     def reset(self) -> None:
         super().reset()
-        if hasattr(self, "controller"):
-            self.controller.reset()
-
-    def _read(self, offset: int, width: int) -> int:
-        return self.controller.read64(offset) if width == 8 else self.controller.read32(offset)
-
-    def _write(self, offset: int, value: int, width: int) -> None:
-        if width == 8:
-            self.controller.write64(offset, value)
-        else:
-            self.controller.write32(offset, value)
-        if self.auto and offset >= 0x1000:
-            self.controller.run()
+        self.model.reset()

@@ -1,4 +1,4 @@
-"""What the guest's VFIO tests share: the devices bound, edu's DMA engine, what is pinned."""
+"""What the guest's VFIO tests share: the devices bound, what is pinned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from dmakit import vfio
 
@@ -15,7 +14,6 @@ IOMMU = os.environ.get("DMAKIT_VM_IOMMU", "")
 BACKENDS = ("type1", "iommufd") if KERNEL == "iommufd" else ("type1",)
 NVME, EDU = "0000:00:04.0", "0000:00:10.0"
 PAGE = 4096
-EDU_MASK = (1 << 28) - 1
 
 
 @contextmanager
@@ -35,58 +33,3 @@ def pinned() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return 1024 * (int(fields["VmPin"].split()[0]) + int(fields["VmLck"].split()[0]))
-
-
-class Edu:
-    """QEMU's edu: 4 KiB of its own at 0x40000, and a DMA engine."""
-
-    def __init__(self, device: vfio.Device) -> None:
-        self.device = device
-        self.bar = device.bar(0)
-        self.interrupt = device.interrupts()[0]
-        device.set_bus_master(True)
-
-    def _transfer(self, command: int, source: int, target: int, size: int) -> None:
-        for register, value in ((0x80, source), (0x88, target), (0x90, size), (0x98, command | 5)):
-            self.bar.write(register, value, 8)
-        assert self.interrupt.wait(10) == 1
-        self.bar.write32(0x64, self.bar.read32(0x24))
-
-    def fetch(self, addr: int, size: int) -> None:
-        """The device reads memory."""
-        self._transfer(0, addr, 0x40000, size)
-
-    def store(self, addr: int, size: int) -> None:
-        """The device writes memory."""
-        self._transfer(2, 0x40000, addr, size)
-
-
-class EduPort:
-    """A dma.Device's own accesses, made by edu through a page that it can always reach."""
-
-    def __init__(self, edu: Edu, machine: Any) -> None:
-        self.edu, self.machine = edu, machine
-        self.page = machine.buffer(PAGE)
-        self.addr = edu.device.dma.map_phys(*self.page.ranges[0], 0)
-
-    def read(self, iova: int, size: int) -> bytes:
-        """What edu reads there (up to 4 KiB at a time)."""
-        found = b""
-        while len(found) < size:
-            part = min(PAGE, size - len(found))
-            self.edu.fetch(iova + len(found), part)
-            self.edu.store(self.addr, part)
-            found += self.page.read(0, part)
-        return found
-
-    def write(self, iova: int, data: bytes) -> None:
-        """Let edu write there."""
-        for at in range(0, len(data), PAGE):
-            part = data[at : at + PAGE]
-            self.page.write(0, part)
-            self.edu.fetch(self.addr, len(part))
-            self.edu.store(iova + at, len(part))
-
-    def close(self) -> None:
-        """Unmap the page."""
-        self.edu.device.dma.unmap_phys(self.addr, PAGE, 0)

@@ -15,8 +15,8 @@ BAR 0, 1 MiB of registers. Below 0x80 they are 32 bits wide and answer only 32-b
 | 0x98 | DMA command: bit 0 start, bit 1 from the device to memory, bit 2 interrupt 0x100 when done |
 
 The DMA engine moves between memory, of which it addresses 28 bits, and 4 KiB of its own at 0x40000. A transfer that
-does not lie in the device's own memory is not made. A blocked one changes nothing, and edu tells nobody: its only sign
-is the data. One interrupt, MSI when that is on, else the line.
+does not lie in the device's own memory is not made. A blocked read brings zeros, a blocked write changes nothing, and
+edu tells nobody: the only sign is the data. One interrupt, MSI when that is on, else the line.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ class Edu(Model):
                 if to_memory:
                     self.function.write(other & self.dma_mask, bytes(self.buffer[at:end]))
                 else:
+                    self.buffer[at:end] = bytes(self.count)  # what a blocked read brings
                     self.buffer[at:end] = self.function.read(other & self.dma_mask, self.count)
             except FaultError:
                 pass  # edu has no way to tell

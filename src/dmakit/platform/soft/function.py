@@ -6,7 +6,8 @@ interrupts. Between them it holds what the bus holds, whoever misbehaves:
 * While memory decoding is off, or the function is pulled out (``present``), its BARs read all ones and take nothing.
 * While bus mastering is off, or nobody has opened the function, no access to memory leaves it and no message: the model
   gets a FaultError (counted in ``blocked``), and the message is lost. The line works.
-* Every access to memory goes through the device's translated port.
+* Every access to memory goes through the device's translated port. A FaultError is the model's: one that it does not
+  catch ends what it was doing, and the driver sees of it what it would see of a real device (a read: all ones).
 * The line masks itself when it fires, and fires again when it is unmasked and still high, as VFIO has it.
 * The MSI-X table is the host's: it reads all ones and takes nothing.
 
@@ -15,6 +16,7 @@ Source: PCI Local Bus 3.0 (command register), ``drivers/vfio/pci/vfio_pci_intrs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +123,9 @@ class Function:
             return ones
         if bar in self._memories:
             return int.from_bytes(self.machine.memory.read(self._memories[bar].start + offset, width), "little")
-        return self.model.read(bar, offset, width) & ones if bar in self.identity.bars else ones
+        with contextlib.suppress(FaultError):
+            return self.model.read(bar, offset, width) & ones if bar in self.identity.bars else ones
+        return ones
 
     def store(self, bar: int, offset: int, value: int, width: int) -> None:
         """A write of a BAR, aligned and inside it."""
@@ -130,7 +134,8 @@ class Function:
         if bar in self._memories:
             self.machine.memory.write(self._memories[bar].start + offset, value.to_bytes(width, "little"))
         elif bar in self.identity.bars:
-            self.model.write(bar, offset, value, width)
+            with contextlib.suppress(FaultError):
+                self.model.write(bar, offset, value, width)
 
     def load_config(self, offset: int, width: int) -> int:
         """A read of configuration space."""
