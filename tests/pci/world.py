@@ -1,7 +1,7 @@
 """The platforms of the portable tests of PCI functions, and a function on each.
 
 ``soft``: a model on the software machine. ``type1`` and ``iommufd``: in the test VM QEMU's devices behind a real
-kernel, elsewhere the same models behind the fake host. What a platform declares not to have is gated.
+kernel, elsewhere the same models behind the fake host.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import pytest
+
 from dmakit import soft, vfio
 from dmakit.nvme.function import NvmeFunction
 from dmakit.platform.function import PciFunction
 from tests.support.edu import EDU_MASK, Edu, EduPort
-from tests.support.gates import gate
 from tests.support.platforms import IN_GUEST, PLATFORMS
 from tests.support.sweep import descriptors
 from tests.support.vfio.devices import FakeDevice, FakeEdu, FakeNvme
@@ -56,7 +57,7 @@ def _real(platform: str, bdf: str, undo: ExitStack) -> tuple[Any, Any]:
     from tests.vm.guest import vfio_support as guest
 
     if platform not in guest.BACKENDS:
-        gate(f"{platform}: this kernel has none")
+        pytest.skip(f"needs {platform}")
     undo.enter_context(guest.bound(bdf))
     before = descriptors(), guest.pinned()
 

@@ -319,13 +319,6 @@ def test_a_callers_memory(backend: str) -> None:
                 device.dma.unmap_phys(addr, size, BOTH)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_function_that_cannot_be_reset_says_so(backend: str) -> None:
-    with taken(backend) as (_, device, _port), pytest.raises(UnsupportedError) as caught:
-        device.reset()
-    assert str(caught.value) == f"{EDU} cannot be reset alone (no FLR, no power management, not alone on its bus)"
-
-
 VICTIM = """
 import sys, time
 from dmakit import vfio
