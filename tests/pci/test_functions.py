@@ -184,6 +184,4 @@ def test_a_reset_forgets_registers_and_keeps_configuration(platform: str) -> Non
             assert bar.read32(cc) == enabled
             device.reset()
             assert (bar.read32(cc), bar.read32(csts)) == (0, 0)
-            assert config.read(COMMAND, 2) & 6 == 6, (
-                "answering and mastering the bus: the owner's settings are restored"
-            )
+            assert config.read(COMMAND, 2) & 6 == 6, "what its owner has set is restored"
