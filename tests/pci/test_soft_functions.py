@@ -137,7 +137,7 @@ def test_messages_go_to_their_vector_while_the_function_masters_the_bus() -> Non
             device.set_bus_master(False)
             assert model.function.message(1) and [entry.take() for entry in vectors] == [0] * count
             device.set_bus_master(True)
-            for vector in (1, 1, 2, 7):
+            for vector in (1, 1, 2, 7, -1):
                 assert model.function.message(vector)
             assert [entry.take() for entry in vectors] == [0, 2, 1, 0][:count]
         assert device.interrupts().kind == "msix" and device.interrupts(4).kind == "msi"
@@ -329,6 +329,15 @@ def test_any_failure_while_opening_leaves_nothing() -> None:
             with made.open(EDU) as device:
                 assert len(device.interrupts(3)) == 3
     assert nth > 5 and descriptors() == files
+
+
+def test_a_device_that_cannot_be_opened_is_not_left_in_its_slot() -> None:
+    with machine() as made:
+        with pytest.raises(MisuseError, match="unknown option 'colour'"):
+            soft.Device.open(soft.Edu(), machine=made, bdf=EDU, colour="red")
+        assert not made.functions and not made.devices
+        with soft.Device.open(soft.Edu(), machine=made, bdf=EDU) as device:
+            assert device.bdf == EDU
 
 
 def test_a_device_of_ones_own_in_a_few_lines() -> None:

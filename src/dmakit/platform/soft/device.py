@@ -6,6 +6,7 @@ What differs from a real device: a register is a call of the model, so what it d
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from dmakit.platform.eventfds import Eventfds
@@ -90,12 +91,14 @@ class Device(PciFunction):
 
         own = machine is None
         home = Machine(ram=ram, swiotlb=0, mode="strict") if machine is None else machine
-        try:
-            return home.open(home.plug(model, bdf).bdf, owns_machine=own, **options)
-        except BaseException:
+        with contextlib.ExitStack() as undo:
             if own:
-                home.close()
-            raise
+                undo.callback(home.close)
+            function = home.plug(model, bdf)
+            undo.callback(home.functions.pop, function.bdf)
+            made = home.open(function.bdf, owns_machine=own, **options)
+            undo.pop_all()
+        return made
 
     def __repr__(self) -> str:
         return f"<soft device {self.bdf}, {self.info.vendor:04x}:{self.info.device:04x}>"

@@ -105,9 +105,10 @@ class Function:
     def _add(self, kind: str, vector: int) -> bool:
         """One more on a vector; False when nobody listens there."""
         fds = self._eventfds.get(kind, [])
-        if vector < len(fds):
+        heard = 0 <= vector < len(fds)
+        if heard:
             os.eventfd_write(fds[vector], 1)
-        return vector < len(fds)
+        return heard
 
     def _relevel(self) -> None:
         self.config.show_line(self._line)
