@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import hashlib
 import json
 import os
-import random
 import re
 import resource
 import sys
-import zlib
 from typing import Any
 
 from dmakit.errors import DmakitError
-from tests.hostile import values
 from tests.hostile.recipes import usual
 from tests.hostile.surface import Entry, entries
+from tests.hostile.variants import Variant, apply, is_words, loose, shown, variants
 from tests.hostile.world import World
 
 ADDRESS = re.compile(r" at 0x[0-9a-f]{8,}")  # of a Python object in its repr
@@ -52,35 +51,33 @@ def target(world: World, entry: Entry) -> Any:
     return getattr(world.part(entry.owner), entry.name)
 
 
-def variants(entry: Entry, seed: int, share: int) -> list[tuple[int, int] | None]:
-    """(parameter, which hostile value) of each call of an entry point; None is the ordinary call."""
-    count = len(values.everything())
-    found: list[tuple[int, int] | None] = [None]
-    for at in range(len(entry.parameters)):
-        chosen = [(at, which) for which in range(count)]
-        rng = random.Random(zlib.crc32(f"{seed} {entry.key} {at}".encode()))
-        found += chosen if share == 1 else rng.sample(chosen, max(2, count // share))
-    return found
-
-
-def arguments(world: World, entry: Entry, variant: tuple[int, int] | None) -> tuple[list[Any], dict[str, Any], str]:
+def arguments(world: World, entry: Entry, variant: Variant | None) -> tuple[list[Any], dict[str, Any], str]:
     """Positional and keyword arguments, and what is hostile about them."""
+    hostile = -1 if variant is None else variant.at
+    left_out = [
+        entry.name == "__init__" and item.optional and at != hostile for at, item in enumerate(entry.parameters)
+    ]
+    ordinary = [
+        None if skipped else usual(world, entry, item.name)
+        for item, skipped in zip(entry.parameters, left_out, strict=True)
+    ]
+    made = ordinary if variant is None else apply(variant, ordinary)
     positional: list[Any] = []
     keywords: dict[str, Any] = {}
-    said = "ordinary"
-    for at, parameter in enumerate(entry.parameters):
-        if variant is not None and variant[0] == at:
-            value = values.everything()[variant[1]]
-            said = f"{parameter.name}={values.shown(value)}"
-        elif entry.name == "__init__" and parameter.optional:
+    for parameter, skipped, value in zip(entry.parameters, left_out, made, strict=True):
+        if skipped:
             continue
-        else:
-            value = usual(world, entry, parameter.name)
         if parameter.keyword or entry.name == "__init__":
             keywords[parameter.name] = value
         else:
             positional.append(value)
-    return positional, keywords, said
+    return positional, keywords, shown(variant, entry, made)
+
+
+def words_of(values: list[Any]) -> str:
+    """A digest of the arrays among the arguments, as a call leaves them."""
+    views = [value for value in values if is_words(value) or (isinstance(value, memoryview) and value.format == "Q")]
+    return hashlib.md5(b"|".join(view.tobytes() for view in views)).hexdigest()
 
 
 def outcome(call: Any, positional: list[Any], keywords: dict[str, Any]) -> dict[str, Any]:
@@ -120,8 +117,10 @@ def run(entry: Entry, seed: int, share: int, first: int, number: int, note: int)
         cap_memory(False)
         after = world.state()
         refused = ended.get("allowed", True) and "raised" in ended
-        loose = variant is None or entry.parameters[variant[0]].loose
-        ended |= {"call": f"{entry.key}({said})", "n": number, "loose": loose, "changed": refused and before != after}
+        ended |= {"call": f"{entry.key}({said})", "n": number, "changed": refused and before != after}
+        ended |= {"loose": loose(variant, entry)}
+        if variant is not None and variant.kind != "value":
+            ended["words"] = words_of([*positional, *keywords.values()])
         print(json.dumps(ended))
         if "raised" not in ended:  # it may have ended the object
             world = None

@@ -64,7 +64,9 @@ def difference(interpreted: dict[str, Any], compiled: dict[str, Any]) -> str:
     """How the answers of the two forms differ, or an empty text. A fingerprint means something in one process only."""
     if ".fingerprint(" in compiled["call"]:
         return ""
-    seen = [(one.get("raised"), one.get("text"), one.get("answer")) for one in (interpreted, compiled)]
+    seen = [
+        (one.get("raised"), one.get("text"), one.get("answer"), one.get("words")) for one in (interpreted, compiled)
+    ]
     if seen[0] == seen[1]:
         return ""
     if not compiled["loose"] and not (interpreted.get("own") and compiled.get("own") and seen[0][0] != seen[1][0]):

@@ -343,10 +343,13 @@ def _words(view: Any) -> str:
     return hashlib.md5(bytes(view)).hexdigest()
 
 
-def _in_use(domain: IovaDomain) -> Any:
-    """The ranges that are neither free nor cached (a failed search may give cached ones back to the tree)."""
-    cached = {pfn for pfn, _ in domain.cached_pfns()}
-    return [node for node in domain.nodes() if node[0] not in cached]
+def _in_use(domain: IovaDomain, waiting: Any = ()) -> Any:
+    """The ranges that are not free, cached or ``waiting`` to be freed.
+
+    A failed search may give cached ones back to the tree, and what a failing call undoes waits for a flush.
+    """
+    gone = {pfn for pfn, _ in (*domain.cached_pfns(), *waiting)}
+    return [node for node in domain.nodes() if node[0] not in gone]
 
 
 def _device_seen(device: Device) -> Any:
@@ -354,7 +357,7 @@ def _device_seen(device: Device) -> Any:
     leaves = [tuple(leaf) for leaf in domain.table.leaves()]
     told = (device.mask, device.coherent_mask, device.max_segment, device.boundary, device.min_align_mask)
     live = [(state.addr, state.size_word) for state in sorted(device.states, key=lambda state: state.serial)]
-    return told, live, len(device.allocations), leaves, _in_use(device.iovad), device.flush_queue.waiting()
+    return told, live, len(device.allocations), leaves, _in_use(device.iovad, device.flush_queue.waiting())
 
 
 SEEN: dict[str, Callable[[Any], Any]] = {

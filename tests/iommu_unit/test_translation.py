@@ -120,6 +120,8 @@ def test_batches_answer_like_single_calls() -> None:
         b.unit.translate_many(b.did, iovas, array("Q", [0, 0, 0]))
     with pytest.raises(MisuseError, match=r"^iovas: must be a one-dimensional array of uint64, not of 'i'$"):
         b.unit.translate_many(b.did, array("i", [1]), out)
+    with pytest.raises(MisuseError, match=r"^iovas: must be contiguous$"):
+        b.unit.translate_many(b.did, memoryview(iovas)[::2], out[:32])
     with pytest.raises(MisuseError, match=r"^out: must be writable$"):
         b.unit.translate_many(
             b.did, array("Q", [1]), bytes(memoryview(array("Q", [1]))) and memoryview(b"8" * 8).cast("Q")

@@ -111,6 +111,8 @@ class Translator:
         for name, view in (("iovas", source_view), ("out", out_view)):
             if view.ndim != 1 or view.itemsize != 8 or view.format not in ("Q", "L"):
                 raise MisuseError(f"{name}: must be a one-dimensional array of uint64, not of {view.format!r}")
+            if not view.c_contiguous:
+                raise MisuseError(f"{name}: must be contiguous")
         if len(source_view) != len(out_view):
             raise MisuseError(f"out has {len(out_view)} elements for {len(source_view)} addresses")
         if out_view.readonly:

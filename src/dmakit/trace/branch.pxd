@@ -8,14 +8,14 @@ cimport cython
 
 @cython.final
 cdef class Branch:
-    cdef public IovaDomain domain
-    cdef public frozenset done
-    cdef public frozenset passed
-    cdef public long long reordered
-    cdef public unsigned long long answer
-    cdef public unsigned long long ranges
-    cdef public bint cached
-    cdef public bint stale
+    cdef readonly IovaDomain domain
+    cdef readonly frozenset done
+    cdef readonly frozenset passed
+    cdef readonly long long reordered
+    cdef readonly unsigned long long answer
+    cdef readonly unsigned long long ranges
+    cdef readonly bint cached
+    cdef readonly bint stale
     cdef void change(self, unsigned long long lo, unsigned long long hi) noexcept
     cdef void _recount(self) noexcept
     cpdef Branch copy(self)

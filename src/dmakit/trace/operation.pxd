@@ -3,23 +3,23 @@ cimport cython
 
 @cython.final
 cdef class Operation:
-    cdef public str kind
-    cdef public unsigned long long iovad
-    cdef public long long begin
-    cdef public long long end
-    cdef public tuple cpus
-    cdef public long long line
-    cdef public long long pid
-    cdef public unsigned long long size
-    cdef public unsigned long long limit
-    cdef public unsigned long long hi
-    cdef public long long serial
-    cdef public bint flush
-    cdef public bint retry
-    cdef public object pfn
-    cdef public list searches
-    cdef public object to_tree
-    cdef public list moments
-    cdef public list drained
-    cdef public Operation next
+    cdef readonly str kind
+    cdef readonly unsigned long long iovad
+    cdef readonly long long begin
+    cdef readonly long long end
+    cdef readonly tuple cpus
+    cdef readonly long long line
+    cdef readonly long long pid
+    cdef readonly unsigned long long size
+    cdef readonly unsigned long long limit
+    cdef readonly unsigned long long hi
+    cdef readonly long long serial
+    cdef readonly bint flush
+    cdef readonly bint retry
+    cdef readonly object pfn
+    cdef readonly list searches
+    cdef readonly object to_tree
+    cdef readonly list moments
+    cdef readonly list drained
+    cdef readonly Operation next
     cpdef bint possible(self)

@@ -9,15 +9,15 @@ cimport cython
 
 @cython.final
 cdef class OperationReader:
-    cdef public Timeline timeline
-    cdef public dict numbers
-    cdef public long long offset
-    cdef public bint searches_recorded
-    cdef public bint frees_recorded
-    cdef public bint entries_recorded
-    cdef public bint free_entries_recorded
-    cdef public long long place
-    cdef public long long tidied
+    cdef readonly Timeline timeline
+    cdef readonly dict numbers
+    cdef readonly long long offset
+    cdef readonly bint searches_recorded
+    cdef readonly bint frees_recorded
+    cdef readonly bint entries_recorded
+    cdef readonly bint free_entries_recorded
+    cdef readonly long long place
+    cdef readonly long long tidied
     cdef object which
     cdef long long[::1] slot
     cdef const long long[::1] rows

@@ -6,12 +6,12 @@ from dmakit.trace.operation cimport Operation
 from dmakit.trace.tally cimport Counts, Tally
 
 cdef class OrderSearch:
-    cdef public list branches
-    cdef public list tallies
-    cdef public long long width_limit
-    cdef public dict pending
-    cdef public Counts counts
-    cdef public long long since_merge
+    cdef readonly list branches
+    cdef readonly list tallies
+    cdef readonly long long width_limit
+    cdef readonly dict pending
+    cdef readonly Counts counts
+    cdef readonly long long since_merge
     cpdef begin(self, long long key, Operation op)
     cpdef end(self, long long key)
 

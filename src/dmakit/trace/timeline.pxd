@@ -13,7 +13,7 @@ cdef class Timeline:
     cdef object domains
     cdef readonly long long window
     cdef MidLife midlife
-    cdef public dict searches
+    cdef readonly dict searches
     cdef long long step
     cdef Py_ssize_t mask
     cdef list begins
