@@ -10,6 +10,7 @@ from dmakit.block.limits import QueueLimits
 from dmakit.block.request import Op, Request
 from dmakit.ledger import Ledger
 from dmakit.nvme.coherent import DeviceSource
+from dmakit.nvme.fetch import DescriptorReader
 from dmakit.nvme.mapping import RequestMapper
 from dmakit.nvme.pool import LARGE_BYTES, SMALL_BYTES, DescriptorPool, PlainSource
 from dmakit.nvme.prp import PrpWalker, PrpWriter
@@ -33,6 +34,8 @@ class Descriptors(Held):
         ]
         self.prp, self.sgl = PrpWriter(*pools), SglWriter(*pools)
         self.chains: list[tuple[Any, array[int]]] = []
+        options = {"dword": config % 2 == 1, "bit_bucket": config % 3 == 1, "longer": config % 4 == 1}
+        self.reader = DescriptorReader(self.device.port, **options)
         self.prp_walker, self.sgl_walker = PrpWalker(), SglWalker(dword=config % 2 == 1, bit_bucket=config % 3 == 1)
 
     def nvme_map(self, a: int, b: int, c: int, d: int) -> Any:
@@ -150,6 +153,30 @@ class Descriptors(Held):
             reads.append((walker.segment_addr, walker.segment_bytes))
             walker.segment(self._memory(walker.segment_addr, walker.segment_bytes))
         return walker.status, reads, walker.left, walker.ranges[:50]
+
+    # What a controller makes of data pointers -----------------------------------------------------------------------
+
+    def _pointer(self, a: int, b: int, c: int) -> tuple[int, int, int, int]:
+        """(form, two words, bytes): of a mapped request, mostly; now and then other bytes, or of nothing."""
+        if a % 9 == 8 or not self.iods:
+            return a % 4, (b & 0xFFFFFFFF) << a % 5, c << 12, c & 0xFFFFF
+        iod = self.iods[a % len(self.iods)]
+        return iod.psdt, iod.low, iod.high, iod.total if b % 9 else c & 0xFFFFF
+
+    def read_pointer(self, a: int, b: int, c: int, d: int) -> Any:
+        reader = self.reader
+        form, low, high, size = self._pointer(a, b, c)
+        status = reader.read(form, low, high, size if d % 11 else a, to_host=bool(d & 1), metadata=d % 7 == 6)
+        return status, reader.ranges[:50], str(reader.fault)
+
+    def read_pointers(self, a: int, b: int, c: int, d: int) -> Any:
+        rows = [self._pointer(a + i, b * i, c) for i in range(d % 20)]
+        forms, sizes = array("Q", [row[0] for row in rows]), array("Q", [row[3] for row in rows])
+        pointers = array("Q", [word for row in rows for word in row[1:3]])
+        bounds, statuses = array("Q", bytes(8 * (len(rows) + 1))), array("Q", bytes(8 * len(rows)))
+        columns = self.reader.read_batch(forms, pointers, sizes, bounds, statuses, to_host=bool(c & 1))
+        answers = [column.tolist() for column in (*columns, memoryview(bounds), memoryview(statuses))]
+        return answers, str(self.reader.fault)
 
     def descriptors_end(self) -> dict[str, Any]:
         """What is left to see of the lists."""
