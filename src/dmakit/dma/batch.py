@@ -13,7 +13,7 @@ from typing import SupportsIndex
 
 import cython
 
-from dmakit.dma.direction import checked_attrs, checked_cpu, checked_direction
+from dmakit.dma.direction import checked_attrs, checked_cpu, checked_direction, integer
 from dmakit.dma.report import link_error, map_error
 from dmakit.errors import MisuseError
 from dmakit.iova.arguments import apart, words
@@ -117,8 +117,10 @@ def link_many(
     """``state.link`` for each piece, one behind the other from ``offset``; returns the bytes linked. No sync."""
     way, how, on = checked_direction(direction), checked_attrs(attrs), state._on_cpu(cpu)
     places, lengths = _pairs(phys, sizes, "phys")
+    begin = integer(offset)  # before the sizes are looked at: what answers may change them
     known = int(_bytes(lengths, len(lengths)))
-    start, total = state._check_range("link_many", offset, known if known != _ALL_ONES else sum(lengths))
+    at = offset if begin is None else begin
+    start, total = state._check_range("link_many", at, known if known != _ALL_ONES else sum(lengths))
     done = int(_link_run(state, places, lengths, start, way, how, on))
     if done < len(places):
         error, linked = int(state.core.error), int(_bytes(lengths, done))
