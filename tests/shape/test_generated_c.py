@@ -18,7 +18,7 @@ import pytest
 from dmakit import _core
 
 ROOT = Path(__file__).resolve().parents[2]
-DECLARED = re.compile(r"^(\s*)cdef\s+(?!class\b|enum\b|extern\b)[^(=\n]*?(\w+)\((.*?)\)([^()\n]*)$", re.S | re.M)
+DECLARED = re.compile(r"^(\s*)cp?def\s+(?!class\b|enum\b|extern\b)[^(=\n]*?(\w+)\((.*?)\)([^()\n]*)$", re.S | re.M)
 CALL = re.compile(r"\b(_?Py[A-Z_]\w*|__Pyx_\w+|__PYX_XCLEAR_MEMVIEW)\s*\(")
 HARMLESS = {
     "__Pyx_MemoryView_Len",
@@ -64,6 +64,21 @@ HOT = {
     "bench.native": {"_fill", "_walk"},
     "iommu.pagetable": {"_map", "_unmap"},
     "iommu.port": {"_take", "_touch"},
+    "block.dma_iter": {"_begin", "_next", "_merge_boundary", "_start_window", "_link_window", "_one"},
+    "block.request": {"_measure", "_may_coalesce"},
+    "block.segments": {"_next", "gap_between", "segment_room", "mergeable"},
+    "nvme.iod": {"_keep"},
+    "nvme.mapping": {
+        "_map_data",
+        "_map_simple",
+        "_write_prps",
+        "_write_sgl",
+        "_save",
+        "_unmap_data",
+        "_unmap_listed",
+        "_unmap_one",
+    },
+    "nvme.ring": {"_slot", "_next", "_look", "_drop", "_put", "_submit", "_reap", "_ring_mapped", "_tell_mapped"},
     "nvme.fetch": {"_read", "_read_prps", "_read_sgl", "_fetch", "_add"},
     "nvme.lists": {"_first", "_further", "_at", "_drop"},
     "nvme.pool": {"_alloc", "_free", "_free_chain", "_held"},

@@ -32,18 +32,28 @@ cdef class BlkDmaIter:
     cdef readonly object device
     cdef readonly object error
     cdef Device own
+    cdef IovaState window
+    cdef object peer
     cdef readonly SegmentIter walk
     cdef readonly int direction
     cdef readonly int attrs
     cdef readonly int cpu
     cdef readonly long long bus_offset
     cdef bint _start(self, Payload payload, object device, int direction, bint by_gap, object peer, int cpu) except -1
-    cdef bint _next(self) except -1
-    cdef unsigned long long _merge_boundary(self) except? 0
-    cdef bint _open(self, unsigned long long size) except -1
-    cdef bint _start_window(self, Payload payload) except -1
-    cdef bint _link_window(self, IovaState state) except -1
-    cdef bint _lost(self, object error) except -1
-    cdef bint _one(self) except -1
-    cdef void _because(self, int reason) noexcept
-    cdef bint _classify(self, object peer) except -1
+    cdef int _prepare(self, Payload payload, object device, object peer, int cpu) except -1
+    cdef bint _begin(self, Payload payload, int direction, bint by_gap) except -1 nogil
+    cdef bint _next(self) except -1 nogil
+    cdef unsigned long long _merge_boundary(self) except? 1 nogil
+    cdef unsigned long long _boundary_by_python(self) except? 1 with gil
+    cdef bint _open(self, unsigned long long size) except -1 with gil
+    cdef bint _start_window(self, unsigned long long size) except -1 nogil
+    cdef bint _link_window(self) except -1 nogil
+    cdef bint _link_refused(self, int failed, unsigned long long mapped) except -1 with gil
+    cdef bint _link_by_python(self) except -1 with gil
+    cdef bint _lost(self, unsigned long long mapped, object error) except -1
+    cdef bint _refused(self, object error, int status) except -1
+    cdef bint _one(self) except -1 nogil
+    cdef bint _map_refused(self) except -1 with gil
+    cdef bint _one_by_python(self) except -1 with gil
+    cdef void _because(self, int reason) noexcept nogil
+    cdef bint _classify(self) except -1 with gil

@@ -18,6 +18,8 @@ Models ``block/blk-mq-dma.c`` and ``include/linux/blk-mq-dma.h``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import cython
 
 from dmakit.block.device import MappingDevice, PeerMemory, Window
@@ -91,6 +93,8 @@ class BlkDmaIter:
     def __init__(self) -> None:
         self.walk = SegmentIter()
         self.state: Window | None = None
+        self.window: Any = None
+        self.peer: PeerMemory | None = None
         self.device: MappingDevice | None = None
         self.own: Device | None = None
         self.error: DmakitError | None = None
@@ -133,9 +137,23 @@ class BlkDmaIter:
         cpu: cython.int,
     ) -> cython.bint:
         """``start`` with checked arguments."""
+        self._prepare(payload, device, peer, cpu)
+        return self._begin(payload, direction, by_gap)
+
+    def _prepare(self, payload: Payload, device: MappingDevice, peer: PeerMemory | None, cpu: cython.int) -> cython.int:
+        """What of a start touches Python objects: whose memory, for which device, by whom."""
         self.device = device
+        self.own = typed_device(device, cpu)
+        self.peer = peer
+        self.cpu = cpu
         self.state = None
+        self.window = None
         self.error = None
+        payload._iterate(self.walk)
+        return 0
+
+    def _begin(self, payload: Payload, direction: cython.int, by_gap: cython.bint) -> cython.bint:
+        """The rest of a start, behind ``_prepare``."""
         self.status = 0
         self.reason = 0
         self.map_type = P2P_MAP_NONE
@@ -143,18 +161,15 @@ class BlkDmaIter:
         self.attrs = 0
         self.bus_offset = 0
         self.direction = direction
-        self.cpu = cpu
-        self.own = typed_device(device, cpu)
-        payload._iterate(self.walk)
         if not self.walk._next():
             return False
-        if peer is not None and not self._classify(peer):
+        if self.peer is not None and not self._classify():
             return False
         if self.map_type != P2P_MAP_BUS_ADDR:
             if not payload._may_coalesce(self._merge_boundary(), by_gap):
                 self._because(_GAP_IN_MERGE_BOUNDARY if by_gap else _NO_VIRT_BOUNDARY)
             elif self._open(payload.size):
-                return self._start_window(payload)
+                return self._start_window(payload.size)
         return self._one()
 
     def next(self) -> bool:
@@ -168,9 +183,12 @@ class BlkDmaIter:
 
     def _merge_boundary(self) -> cython.ulonglong:
         """``dma_get_merge_boundary``."""
+        if self.own is None:
+            return self._boundary_by_python()
+        return self.own.granule_mask if self.own.translating else 0
+
+    def _boundary_by_python(self) -> cython.ulonglong:
         device = self.device
-        if self.own is not None:
-            return self.own.granule_mask if self.own.translating else 0
         assert device is not None
         return device.merge_boundary
 
@@ -181,14 +199,14 @@ class BlkDmaIter:
         if self.own is not None:
             window: IovaState = self.own._opened(self.walk.paddr, size, self.cpu)
             if window.live:
-                self.state = window
+                self.state = self.window = window
                 return True
         else:
             state = device.try_alloc(self.walk.paddr, size, cpu=self.cpu)
             if state:
                 self.state = state
                 return True
-        if device.translating if self.own is None else self.own.translating:
+        if device.translating:
             self._because(_IOVA_EXHAUSTED)
         else:
             self._because(_IDENTITY_DOMAIN if device.identity else _NO_IOMMU)
@@ -199,8 +217,10 @@ class BlkDmaIter:
         if self.reason == 0:
             self.reason = reason
 
-    def _classify(self, peer: PeerMemory) -> cython.bint:
+    def _classify(self) -> cython.bint:
         """Ask what memory the first segment is; False when the device cannot reach it."""
+        peer = self.peer
+        assert peer is not None
         peer.reset()
         self.map_type = int(peer.map_type(self.walk.paddr))
         self.bus_offset = peer.bus_offset
@@ -216,16 +236,42 @@ class BlkDmaIter:
             return False
         return True
 
-    def _start_window(self, payload: Payload) -> cython.bint:
+    def _start_window(self, size: cython.ulonglong) -> cython.bint:
         """Link every segment into the window and sync once; on failure destroy it with what was linked."""
+        self.len = size
+        self._because(_COALESCED)
+        return self._link_window() if self.window is not None else self._link_by_python()
+
+    def _link_window(self) -> cython.bint:
+        """The rest of ``_start_window`` for a window of the machine's own."""
+        mapped: cython.ulonglong = 0
+        failed: cython.int = 0
+        self.addr = self.window.addr
+        while True:
+            failed = self.window._link(self.walk.paddr, mapped, self.walk.size, self.direction, self.attrs, self.cpu)
+            if failed != 0:
+                return self._link_refused(failed, mapped)
+            mapped += self.walk.size
+            if not self.walk._next():
+                break
+        self.window._sync(0, mapped, self.cpu)
+        self.window._note_run(mapped, self.direction, self.attrs)
+        self.mapped = mapped
+        return True
+
+    def _link_refused(self, failed: cython.int, mapped: cython.ulonglong) -> cython.bint:
+        """The segment under the walk could not be linked: the window goes."""
+        error = link_error(
+            self.own, int(failed), int(self.walk.paddr), int(mapped), int(self.walk.size), self.direction, self.attrs
+        )
+        return self._lost(mapped, error)
+
+    def _link_by_python(self) -> cython.bint:
+        """The rest of ``_start_window`` for any other window."""
         walk: SegmentIter = self.walk
         mapped: cython.ulonglong = 0
         state: Window | None = self.state
         assert state is not None
-        self.len = payload.size
-        self._because(_COALESCED)
-        if isinstance(state, IovaState) and state.core.checker is None:
-            return self._link_window(state)
         self.addr = state.addr
         try:
             while True:
@@ -235,41 +281,23 @@ class BlkDmaIter:
                     break
             state.sync(0, mapped)
         except DmakitError as error:
-            state.destroy(mapped, self.direction, self.attrs)
-            return self._lost(error)
+            return self._lost(mapped, error)
         self.mapped = mapped
         return True
 
-    def _lost(self, error: DmakitError) -> cython.bint:
-        """The window is gone again; False."""
-        self.state = None
+    def _lost(self, mapped: cython.ulonglong, error: DmakitError) -> cython.bint:
+        """Destroy the window with the ``mapped`` bytes that were linked; False."""
+        state: Window | None = self.state
+        assert state is not None
+        state.destroy(mapped, self.direction, self.attrs)
+        self.state = self.window = None
+        return self._refused(error, errno_to_blk_status(error.errno))
+
+    def _refused(self, error: DmakitError, status: cython.int) -> cython.bint:
+        """Keep why nothing was mapped; False."""
         self.error = error
-        self.status = int(errno_to_blk_status(error.errno))
+        self.status = status
         return False
-
-    def _link_window(self, state: IovaState) -> cython.bint:
-        """The rest of ``_start_window`` for a window of the machine's own: no Python call a segment."""
-        walk: SegmentIter = self.walk
-        mapped: cython.ulonglong = 0
-        failed: cython.int
-        self.addr = state.addr
-        while True:
-            failed = state._link(walk.paddr, mapped, walk.size, self.direction, self.attrs, state.cpu)
-            if failed != 0:
-                break
-            mapped += walk.size
-            if not walk._next():
-                break
-        if failed != 0:
-            error = link_error(
-                state.core, int(failed), int(walk.paddr), int(mapped), int(walk.size), self.direction, self.attrs
-            )
-            state.destroy(mapped, self.direction, self.attrs)
-            return self._lost(error)
-        state._sync(0, mapped, state.cpu)
-        state._note_run(mapped, self.direction, self.attrs)
-        self.mapped = mapped
-        return True
 
     def _one(self) -> cython.bint:
         """Give the segment under the walk its own address."""
@@ -278,20 +306,26 @@ class BlkDmaIter:
         elif self.own is not None:
             self.addr = self.own._map_phys(self.walk.paddr, self.walk.size, self.direction, self.attrs, self.cpu)
             if self.addr == 0:
-                self.error = map_error(self.own, int(self.walk.paddr), int(self.walk.size), int(self.attrs))
-                self.status = _RESOURCE
-                return False
-        else:
-            device = self.device
-            assert device is not None, "start comes before next"
-            try:
-                self.addr = device.map_phys(self.walk.paddr, self.walk.size, self.direction, self.attrs, cpu=self.cpu)
-            except DmakitError as error:
-                self.error = error
-                self.status = _RESOURCE
-                return False
+                return self._map_refused()
+        elif not self._one_by_python():
+            return False
         self.len = self.walk.size
         self.mapped += self.len
+        return True
+
+    def _map_refused(self) -> cython.bint:
+        """The segment under the walk could not be mapped."""
+        error = map_error(self.own, int(self.walk.paddr), int(self.walk.size), int(self.attrs))
+        return self._refused(error, _RESOURCE)
+
+    def _one_by_python(self) -> cython.bint:
+        """``_one`` on a device that is not ours, or that is watched."""
+        device = self.device
+        assert device is not None, "start comes before next"
+        try:
+            self.addr = device.map_phys(self.walk.paddr, self.walk.size, self.direction, self.attrs, cpu=self.cpu)
+        except DmakitError as error:
+            return self._refused(error, _RESOURCE)
         return True
 
 

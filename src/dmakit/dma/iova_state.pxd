@@ -12,7 +12,7 @@ cdef class IovaState(IovaWindow):
     cdef readonly long long serial
     cdef Py_ssize_t slot
     cdef void _open(self, object device, int cpu) noexcept
-    cdef void _note_run(self, unsigned long long size, int direction, int attrs) noexcept
+    cdef void _note_run(self, unsigned long long size, int direction, int attrs) noexcept nogil
     cdef unsigned long long start
     cdef unsigned long long length
     cdef int way

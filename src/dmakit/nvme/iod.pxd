@@ -30,5 +30,7 @@ cdef class Iod:
     cdef public int reason
     cdef public object error
     cdef int _reset(self, Request request, int cpu) except -1
-    cdef int _keep(self, unsigned long long addr, unsigned long long length) except -1
+    cdef Py_ssize_t room
+    cdef int _keep(self, unsigned long long addr, unsigned long long length) except -1 nogil
+    cdef int _widen(self) except -1 with gil
     cdef long long _bookkeeping(self) noexcept

@@ -42,6 +42,7 @@ class Iod:
 
     def __init__(self, request: Request) -> None:
         self.kept = memoryview(array("Q", (0, 0)))
+        self.room = 1
         self._reset(request, request.cpu)
 
     def _reset(self, request: Request, cpu: cython.int) -> cython.int:
@@ -72,12 +73,18 @@ class Iod:
         return 0
 
     def _keep(self, addr: cython.ulonglong, length: cython.ulonglong) -> cython.int:
-        """Note a range that must be unmapped by itself; the array doubles when it is full."""
-        if 2 * self.kept_count == len(self.kept):
-            self.kept = memoryview(array("Q", bytes(self.kept) + bytes(8 * len(self.kept))))
+        """Note a range that must be unmapped by itself."""
+        if self.kept_count == self.room:
+            self._widen()
         self.kept[2 * self.kept_count] = addr
         self.kept[2 * self.kept_count + 1] = length
         self.kept_count += 1
+        return 0
+
+    def _widen(self) -> cython.int:
+        """Double the array of ranges."""
+        self.kept = memoryview(array("Q", bytes(self.kept) + bytes(16 * self.room)))
+        self.room *= 2
         return 0
 
     def _bookkeeping(self) -> cython.longlong:

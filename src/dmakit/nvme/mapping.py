@@ -32,7 +32,7 @@ from dmakit.reasons import Reason
 
 if not cython.compiled:
     from dmakit.block.dma_iter import BlkDmaIter, typed_device, undo
-    from dmakit.block.request import Request
+    from dmakit.block.request import Payload, Request
     from dmakit.consts import (
         ATTR_MMIO,
         ENOMEM,
@@ -112,6 +112,7 @@ class RequestMapper:
         self.by_gap = gap_rule(rule)
         self.peer = peer
         self.walk = BlkDmaIter()
+        self.own: Device | None = None
         self.prp = PrpWriter(small, large)
         self.sgl = SglWriter(small, large)
 
@@ -142,10 +143,10 @@ class RequestMapper:
         if request.data.count == 0:
             iod.path = PATH_NO_DATA
             iod.reason = _NO_DATA
-        elif self._map_data(iod, request, admin) != 0:
+        elif self._map_payload(iod, request.data, self._use_sgls(request, admin)) != 0:
             return iod.status
         if request.integrity.count != 0 and metadata.map_metadata(self, iod, request) != 0:
-            self._unmap_data(iod, cpu)
+            self._unmap_payload(iod, cpu)
             iod.entries = 0
             return iod.status
         self.ledger.counts[L_DESCRIPTORS] += iod.entries + iod.meta_entries
@@ -156,7 +157,7 @@ class RequestMapper:
         """Undo ``_map_into`` on behalf of ``cpu``; returns 0."""
         if iod.flags & IOD_META_MAPPED:
             metadata.unmap_metadata(self, iod, cpu)
-        return self._unmap_data(iod, cpu)
+        return self._unmap_payload(iod, cpu)
 
     def use_sgls(self, request: Request, *, admin: bool = False) -> int:
         """SGL_UNSUPPORTED, SGL_SUPPORTED or SGL_FORCED for this request (``nvme_pci_use_sgls``)."""
@@ -175,63 +176,60 @@ class RequestMapper:
             return SGL_FORCED
         return SGL_SUPPORTED
 
-    def _map_data(self, iod: Iod, request: Request, admin: cython.bint) -> cython.int:
-        """Map the data and write its descriptors; returns the status."""
-        walk: BlkDmaIter = self.walk
-        choice: cython.int = self._use_sgls(request, admin)
-        ranges: cython.ulonglong
+    def _map_payload(self, iod: Iod, payload: Payload, choice: cython.int) -> cython.int:
+        """Map the data and write its descriptors; returns the status. What touches Python objects is done here."""
+        self.walk._prepare(payload, self.device, self.peer, iod.cpu)
+        self.own = self.walk.own
+        if self._map_data(iod, payload, choice) == 0:
+            iod.state = self.walk.state
+        return iod.status
+
+    def _map_data(self, iod: Iod, payload: Payload, choice: cython.int) -> cython.int:
+        """``_map_payload`` after its preparation: needs no Python on a device of ours, unless something fails."""
+        ranges: cython.ulonglong = payload.segments
         status: cython.int
         self.ledger.counts[L_PASSES] += 1
-        if request.data.segments == 1:
-            status = self._map_simple(iod, request, choice)
+        if payload.segments == 1:
+            status = self._map_simple(iod, payload, choice)
             if status >= 0:
                 return status
-        if not walk._start(request.data, self.device, request.direction, self.by_gap, self.peer, iod.cpu):
-            iod.status = walk.status
-            return self._fail(iod, walk.error, walk.reason)
-        iod.state = walk.state
-        iod.map_type = walk.map_type
-        if walk.state is not None:
+        if not self.walk._begin(payload, iod.direction, self.by_gap):
+            return self._not_started(iod)
+        iod.map_type = self.walk.map_type
+        if self.walk.state is not None:
             iod.path = PATH_TWO_STEP
+            ranges = 1
         else:
-            iod.path = PATH_BUS if walk.map_type == P2P_MAP_BUS_ADDR else PATH_PER_SEGMENT
-        iod.reason = walk.reason
-        if request.data.segments == 1 and walk.map_type == P2P_MAP_NONE:
+            iod.path = PATH_BUS if self.walk.map_type == P2P_MAP_BUS_ADDR else PATH_PER_SEGMENT
+        iod.reason = self.walk.reason
+        if payload.segments == 1 and self.walk.map_type == P2P_MAP_NONE:
             iod.reason = _TOO_LONG_FOR_PRP
         iod.flags |= IOD_DATA_MAPPED
-        ranges = 1 if walk.state is not None else request.data.segments
         if choice == SGL_FORCED or (
             choice == SGL_SUPPORTED
             and self.sgl_threshold > 0
-            and (request.data.size + ranges - 1) // ranges >= self.sgl_threshold
+            and (payload.size + ranges - 1) // ranges >= self.sgl_threshold
         ):
-            return self._write_sgl(iod, request)
-        return self._write_prps(iod, request)
+            return self._write_sgl(iod, payload)
+        return self._write_prps(iod, payload)
 
-    def _map_simple(self, iod: Iod, request: Request, choice: cython.int) -> cython.int:
+    def _map_simple(self, iod: Iod, payload: Payload, choice: cython.int) -> cython.int:
         """One segment without the iterator; returns the status, or -1 when it must go the general way."""
-        phys: cython.ulonglong = request.data.phys[0]
-        length: cython.ulonglong = request.data.length[0]
+        phys: cython.ulonglong = payload.phys[0]
+        length: cython.ulonglong = payload.length[0]
         offset: cython.ulonglong = phys & PAGE_MASK_LOW
         addr: cython.ulonglong
-        own: Device | None = typed_device(self.device, iod.cpu)
         two_prps: cython.bint = offset + length <= 2 * PAGE_SIZE
-        if choice == SGL_UNSUPPORTED and not two_prps:
+        if (choice == SGL_UNSUPPORTED and not two_prps) or (self.peer is not None and self._of_a_peer(phys)):
             return -1
-        if self.peer is not None:
-            self.peer.reset()
-            if self.peer.map_type(phys) != P2P_MAP_NONE:
-                return -1
-        try:
-            if own is not None:
-                addr = own._map_phys(phys, length, request.direction, 0, iod.cpu)
-                if addr == 0:
-                    raise map_error(own, int(phys), int(length), 0)
-            else:
-                addr = self.device.map_phys(phys, length, request.direction, 0, cpu=iod.cpu)
-        except DmakitError as error:
-            iod.status = _RESOURCE
-            return self._fail(iod, error, 0)
+        if self.own is not None:
+            addr = self.own._map_phys(phys, length, iod.direction, 0, iod.cpu)
+            if addr == 0:
+                return self._map_refused(iod, phys, length)
+        else:
+            addr = self._map_by_python(iod, phys, length)
+            if iod.status != 0:
+                return iod.status
         iod.path = PATH_MAP_PHYS
         iod.reason = _SINGLE_SEGMENT
         iod.flags |= IOD_SINGLE_SEGMENT | IOD_DATA_MAPPED
@@ -246,91 +244,111 @@ class RequestMapper:
             iod.entries = 2
         return 0
 
-    def _write_prps(self, iod: Iod, request: Request) -> cython.int:
+    def _write_prps(self, iod: Iod, payload: Payload) -> cython.int:
         """Feed every range to the PRP writer, mapping as it goes."""
-        walk: BlkDmaIter = self.walk
-        prp: PrpWriter = self.prp
         failed: cython.int = 0
-        lacking: object = None
-        prp._begin(request.data.size)
+        unkept: cython.int = 0
+        self.prp._begin(payload.size)
         iod.psdt = PSDT_PRP
         while True:
-            iod.total += walk.len
-            failed = self._save(iod)
-            if failed != 0:
-                lacking = ExhaustedError("no memory for the vectors of a request that is mapped segment by segment")
+            iod.total += self.walk.len
+            unkept = self._save(iod)
+            failed = unkept if unkept != 0 else self.prp._feed(self.walk.addr, self.walk.len)
+            if failed != 0 or not self.walk._next():
                 break
-            failed = prp._feed(walk.addr, walk.len)
-            if failed != 0:
-                lacking = prp._lacking() if failed == -ENOMEM else None
-                break
-            if not walk._next():
-                iod.status = walk.status
-                break
-        iod.chain = prp.chain
-        iod.low = prp.prp1
-        iod.high = prp.prp2
-        iod.entries = prp.entries
-        if failed != 0:
-            self._failed(iod, lacking)
-        return self._end(iod)
+        iod.chain = self.prp.chain
+        iod.low = self.prp.prp1
+        iod.high = self.prp.prp2
+        iod.entries = self.prp.entries
+        if failed != 0 or self.walk.status != 0:
+            return self._give_up(iod, failed, unkept != 0)
+        return 0
 
     def _save(self, iod: Iod) -> cython.int:
         """Keep a range that must be unmapped by itself and that PRPs cannot give back; -ENOMEM without memory."""
-        own: Device | None = self.walk.own
-        if iod.state is not None or iod.map_type == P2P_MAP_BUS_ADDR:
+        if self.walk.state is not None or iod.map_type == P2P_MAP_BUS_ADDR:
             return 0
-        if not (self.device.need_unmap() if own is None else own._need_unmap()):
+        if not (self._asked_to_unmap() if self.own is None else self.own._need_unmap()):
             return 0
         iod._keep(self.walk.addr, self.walk.len)
         return -ENOMEM if iod.kept_count == 1 and self.small.fail._hit() else 0
 
-    def _write_sgl(self, iod: Iod, request: Request) -> cython.int:
+    def _write_sgl(self, iod: Iod, payload: Payload) -> cython.int:
         """Feed every range to the SGL writer, mapping as it goes."""
-        walk: BlkDmaIter = self.walk
-        sgl: SglWriter = self.sgl
-        failed: cython.int = sgl._begin(request.data.segments, walk.state is not None)
+        failed: cython.int = self.sgl._begin(payload.segments, self.walk.state is not None)
         iod.psdt = PSDT_SGL_METABUF
         if failed != 0:
-            iod.total = walk.len
-            iod.low = walk.addr
-            iod.high = walk.len
+            iod.total = self.walk.len
+            iod.low = self.walk.addr
+            iod.high = self.walk.len
             iod.entries = 1
-            self._failed(iod, sgl._lacking())
-            return self._end(iod)
-        iod.chain = sgl.chain
+            return self._give_up(iod, failed, False)
+        iod.chain = self.sgl.chain
         while True:
-            if sgl._feed(walk.addr, walk.len) != 0:
-                iod._keep(walk.addr, walk.len)
-                self._failed(iod, None)
+            failed = self.sgl._feed(self.walk.addr, self.walk.len)
+            if failed != 0:
+                iod._keep(self.walk.addr, self.walk.len)
                 break
-            iod.total += walk.len
-            if not walk._next():
-                iod.status = walk.status
+            iod.total += self.walk.len
+            if not self.walk._next():
                 break
-        sgl._finish()
-        iod.low = sgl.low
-        iod.high = sgl.high
-        iod.entries = sgl.entries
-        return self._end(iod)
-
-    def _failed(self, iod: Iod, lacking: object) -> cython.int:
-        """Note that descriptors could not be written: the memory that was lacking, or None for malformed segments."""
-        iod.status = _IOERR if lacking is None else _RESOURCE
-        iod.error = lacking
+        self.sgl._finish()
+        iod.low = self.sgl.low
+        iod.high = self.sgl.high
+        iod.entries = self.sgl.entries
+        if failed != 0 or self.walk.status != 0:
+            return self._give_up(iod, failed, False)
         return 0
 
-    def _end(self, iod: Iod) -> cython.int:
-        """After writing descriptors: undo everything when that failed."""
-        error: object = iod.error
-        reason: cython.int = _MALFORMED
-        if iod.status == 0:
-            return 0
-        if error is not None:
+    # Devices that are not ours ------------------------------------------------------------------------------
+
+    def _of_a_peer(self, phys: cython.ulonglong) -> cython.bint:
+        """Whether a single segment is a peer's memory."""
+        peer = self.peer
+        assert peer is not None
+        peer.reset()
+        return peer.map_type(phys) != P2P_MAP_NONE
+
+    def _map_by_python(self, iod: Iod, phys: cython.ulonglong, length: cython.ulonglong) -> cython.ulonglong:
+        """``map_phys``; a failure is noted in the iod."""
+        try:
+            return self.device.map_phys(phys, length, iod.direction, 0, cpu=iod.cpu)
+        except DmakitError as error:
+            iod.status = _RESOURCE
+            self._fail(iod, error, 0)
+        return 0
+
+    def _asked_to_unmap(self) -> cython.bint:
+        """``need_unmap``."""
+        return self.device.need_unmap()
+
+    # Failure ------------------------------------------------------------------------------------------------
+
+    def _map_refused(self, iod: Iod, phys: cython.ulonglong, length: cython.ulonglong) -> cython.int:
+        """A single segment could not be mapped."""
+        iod.status = _RESOURCE
+        return self._fail(iod, map_error(self.own, int(phys), int(length), 0), 0)
+
+    def _not_started(self, iod: Iod) -> cython.int:
+        """The iterator could not map the first range."""
+        iod.status = self.walk.status
+        return self._fail(iod, self.walk.error, self.walk.reason)
+
+    def _give_up(self, iod: Iod, failed: cython.int, unkept: cython.bint) -> cython.int:
+        """Descriptors could not be written (``failed``), or the iterator could not go on: undo everything."""
+        error: object = self.walk.error
+        reason: cython.int = 0 if error is not None else _MALFORMED
+        iod.state = self.walk.state
+        iod.status = self.walk.status
+        if failed == -ENOMEM:
             reason = _DESCRIPTORS_EXHAUSTED
-        elif self.walk.error is not None:
-            error = self.walk.error
-            reason = 0
+            iod.status = _RESOURCE
+            if unkept:
+                error = ExhaustedError("no memory for the vectors of a request that is mapped segment by segment")
+            else:
+                error = self.prp._lacking() if iod.psdt == PSDT_PRP else self.sgl._lacking()
+        elif failed != 0:
+            iod.status = _IOERR
         self._unmap_data(iod, iod.cpu)
         return self._fail(iod, error, reason)
 
@@ -349,45 +367,61 @@ class RequestMapper:
 
     # Undo ---------------------------------------------------------------------------------------------------
 
-    def _unmap_data(self, iod: Iod, cpu: cython.int) -> cython.int:
+    def _unmap_payload(self, iod: Iod, cpu: cython.int) -> cython.int:
         """Undo the data mapping and give the list blocks back; harmless when nothing is mapped."""
-        own: Device | None = typed_device(self.device, cpu)
+        self.own = typed_device(self.device, cpu)
+        return self._unmap_data(iod, cpu)
+
+    def _unmap_data(self, iod: Iod, cpu: cython.int) -> cython.int:
+        """``_unmap_payload`` when ``own`` is the device of ours, or None."""
         attrs: cython.int = ATTR_MMIO if iod.map_type == P2P_MAP_THRU_HOST_BRIDGE else 0
+        done: cython.bint = True
         if not iod.flags & IOD_DATA_MAPPED:
             return 0
         if iod.flags & IOD_SINGLE_SEGMENT:
-            self._unmap_one(own, iod.low, iod.total, iod.direction, 0, cpu)
-        elif not undo(own, self.device, iod.state, iod.total, iod.direction, iod.map_type, cpu):
-            self._unmap_listed(own, iod, attrs, cpu)
-        iod.state = None
+            self._unmap_one(iod.low, iod.total, iod.direction, 0, cpu)
+        elif iod.map_type != P2P_MAP_BUS_ADDR:
+            if self.own is None or iod.state is not None:
+                done = self._undo(iod, cpu)
+            else:
+                done = not self.own._need_unmap()
+        if not done:
+            self._unmap_listed(iod, attrs, cpu)
         iod.flags &= ~(IOD_DATA_MAPPED | IOD_SINGLE_SEGMENT)
         self.prp._drop(iod.chain)
         iod.chain = 0
         return 0
 
-    def _unmap_listed(self, own: Device | None, iod: Iod, attrs: cython.int, cpu: cython.int) -> cython.int:
+    def _undo(self, iod: Iod, cpu: cython.int) -> cython.bint:
+        """End the request's window; False when there is none and every range is to be unmapped."""
+        done: cython.bint = undo(self.own, self.device, iod.state, iod.total, iod.direction, iod.map_type, cpu)
+        iod.state = None
+        return done
+
+    def _unmap_listed(self, iod: Iod, attrs: cython.int, cpu: cython.int) -> cython.int:
         """Unmap range by range: from the kept vectors, and from what an SGL says."""
         at: cython.Py_ssize_t = 0
         if iod.psdt != PSDT_PRP and iod.chain != 0 and not self.sgl._look(iod.chain, iod.entries):
-            raise MisuseError(f"chain={iod.chain}, entries={iod.entries}: no list block that holds so many")
+            return self._no_list(iod)
         while at < iod.kept_count:
-            self._unmap_one(own, iod.kept[2 * at], iod.kept[2 * at + 1], iod.direction, attrs, cpu)
+            self._unmap_one(iod.kept[2 * at], iod.kept[2 * at + 1], iod.direction, attrs, cpu)
             at += 1
         iod.kept_count = 0
         if iod.psdt == PSDT_PRP:
             return 0
         if iod.chain == 0:
-            self._unmap_one(own, iod.low, iod.high, iod.direction, attrs, cpu)
-            return 0
+            return self._unmap_one(iod.low, iod.high, iod.direction, attrs, cpu)
         at = 0
         while at < iod.entries:
-            self._unmap_one(own, self.sgl.words[2 * at], self.sgl.words[2 * at + 1], iod.direction, attrs, cpu)
+            self._unmap_one(self.sgl.words[2 * at], self.sgl.words[2 * at + 1], iod.direction, attrs, cpu)
             at += 1
         return 0
 
+    def _no_list(self, iod: Iod) -> cython.int:
+        raise MisuseError(f"chain={iod.chain}, entries={iod.entries}: no list block that holds so many")
+
     def _unmap_one(
         self,
-        own: Device | None,
         addr: cython.ulonglong,
         length: cython.ulonglong,
         direction: cython.int,
@@ -395,8 +429,22 @@ class RequestMapper:
         cpu: cython.int,
     ) -> cython.int:
         """``unmap_phys``, without a Python call where the device is one of ours."""
-        if own is None:
-            self.device.unmap_phys(addr, length, direction, attrs, cpu=cpu)
-        elif own._unmap_phys(addr, length, direction, attrs, cpu) != 0:
-            raise MisuseError(f"unmap_phys: nothing is mapped at {int(addr):#x}", rule="not-mapped")
+        if self.own is None:
+            return self._unmap_by_python(addr, length, direction, attrs, cpu)
+        if self.own._unmap_phys(addr, length, direction, attrs, cpu) != 0:
+            return self._nothing_mapped(addr)
         return 0
+
+    def _unmap_by_python(
+        self,
+        addr: cython.ulonglong,
+        length: cython.ulonglong,
+        direction: cython.int,
+        attrs: cython.int,
+        cpu: cython.int,
+    ) -> cython.int:
+        self.device.unmap_phys(addr, length, direction, attrs, cpu=cpu)
+        return 0
+
+    def _nothing_mapped(self, addr: cython.ulonglong) -> cython.int:
+        raise MisuseError(f"unmap_phys: nothing is mapped at {int(addr):#x}", rule="not-mapped")
