@@ -47,15 +47,14 @@ from dmakit.memory.buffers import Buffer, allocate
 from dmakit.memory.cache import CpuCache
 from dmakit.memory.pages import PageAllocator
 from dmakit.memory.physical import PhysicalMemory, Region
-from dmakit.platform.pci import checked_bdf, requester_id
-from dmakit.platform.soft.device import Device as OpenDevice
-from dmakit.platform.soft.function import Function
 from dmakit.swiotlb.bounce import Swiotlb
 from dmakit.units import GIB, MIB, parse_size
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from dmakit.platform.soft.device import Device as OpenDevice
+    from dmakit.platform.soft.function import Function
     from dmakit.platform.soft.model import Model
 
 LOW_RAM_END = 2 * GIB
@@ -295,6 +294,9 @@ class Machine:
 
     def plug(self, model: Model, bdf: str = "") -> Function:
         """Put a device into the slot ``bdf``, or the next free one; it can be opened then."""
+        from dmakit.platform.pci import checked_bdf
+        from dmakit.platform.soft.function import Function
+
         free = (f"0000:00:{slot:02x}.0" for slot in range(FIRST_SLOT, SLOTS))
         full = checked_bdf(bdf) if bdf else next((slot for slot in free if slot not in self.functions), "")
         if not full:
@@ -306,6 +308,9 @@ class Machine:
 
     def open(self, bdf: str, *, owns_machine: bool = False, **options: Any) -> OpenDevice:
         """Take the function at ``bdf``, as ``vfio.Machine.open``; ``options`` are those of ``dma.device.Device``."""
+        from dmakit.platform.pci import checked_bdf, requester_id
+        from dmakit.platform.soft.device import Device as OpenDevice
+
         full = checked_bdf(bdf)
         function = self.functions.get(full)
         if function is None or not function.present:
