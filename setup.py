@@ -31,6 +31,7 @@ CALLERS = {
     "dmakit._seal",
     "dmakit.bench.pairs",
     "dmakit.block.request",
+    "dmakit.clock",
     "dmakit.dma.device",
     "dmakit.dma.exact",
     "dmakit.failpoint",

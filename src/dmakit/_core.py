@@ -33,6 +33,7 @@ COMPILED_MODULES = (
     "dmakit.block.dma_iter",
     "dmakit.block.request",
     "dmakit.block.segments",
+    "dmakit.clock",
     "dmakit.dma.batch",
     "dmakit.dma.core",
     "dmakit.dma.device",
