@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import chain
@@ -265,6 +265,15 @@ class PathLog:
             raise ValueError(f"request {request} already took path {self.paths[self.requests[request][0]]!r}")
         else:
             self._others[request] = taken
+
+    def take_all(self, requests: Sequence[int], taken: Sequence[int]) -> None:
+        """``take`` for many, in order: their numbers, and path and reason coded as ``path index << 8 | reason``."""
+        first, count = len(self._taken), len(requests)
+        if not self._others and memoryview(array("Q", range(first, first + count))) == requests:
+            self._taken.extend(taken)
+            return
+        for request, code in zip(requests, taken, strict=True):
+            self.take(request, self.paths[code >> 8], Reason(code & 255))
 
     def _summed(self) -> list[tuple[int, Reason, int]]:
         """(path, reason, requests), sorted."""

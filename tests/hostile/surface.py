@@ -51,7 +51,9 @@ class Entry:
 
 # Stages of a replay, each made and fed by the one before it: what a caller can give them is a trace.
 _STAGES = ("branch", "midlife", "operation", "operations", "search", "tally", "timeline")
-STAGES = {f"dmakit.trace.{name}" for name in _STAGES}
+# Parts of a comparison, likewise: what a caller can give them is a workload.
+_PARTS = ("descriptors", "engine", "flight", "payload", "sharing", "strategies")
+STAGES = {f"dmakit.trace.{name}" for name in _STAGES} | {f"dmakit.lab.{name}" for name in _PARTS}
 MODULES = [module for module in _core.COMPILED_MODULES if module not in STAGES]
 
 

@@ -276,6 +276,7 @@ PARTS: dict[str, Callable[[World], Any]] = {
     "Request": _request,
     "Payload": lambda w: Payload([(w.part("phys"), PAGE)], QueueLimits()),
     "FailPoint": lambda w: w.part("machine").fail,
+    "VirtualClock": lambda w: w.part("machine").clock,
     "Bitmap": _bitmap,
     "SetCache": lambda w: w.part("IommuUnit").iotlb,
     "Iotlb": lambda w: w.part("IommuUnit").iotlb,
@@ -378,6 +379,7 @@ SEEN: dict[str, Callable[[Any], Any]] = {
     "SglWriter": lambda s: (s.low, s.high, s.entries, s.room, s.chain),
     "Swiotlb": lambda s: (s.used, [pool.allocations() for pool in s.pools], s.low, s.high),
     "FailPoint": lambda f: f.countdown,
+    "VirtualClock": lambda c: (c.now, c.pending()),
     "Gather": lambda g: (g.start, g.end, g.freelist),
     "Port": lambda p: len(p.peers),
 }

@@ -18,7 +18,8 @@ from dmakit.lab.hardware import STRATEGIES, HardwareComparison, Target, compare_
 from dmakit.lab.hardware_report import COLUMNS
 from dmakit.lab.inputs import resolve
 from dmakit.lab.relocate import depth_of, memory_needed, moved
-from dmakit.lab.request_table import COMPLETE, SUBMIT, IoRequest, Layout, Requests
+from dmakit.lab.request_table import IoRequest, Layout, Requests
+from dmakit.lab.schedule import COMPLETE, SUBMIT
 from dmakit.lab.sources import source_of
 from dmakit.lab.workload import Workload
 from dmakit.memory.pages import PageAllocator

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from dmakit.errors import InputError
 from dmakit.lab.profile import NOT_PRICED, PUBLISHED, cheaper, derived, modelled
-from dmakit.lab.request_table import COMPLETE, SUBMIT, IoRequest, Layout, QueueSchedule, Requests, SplitSchedule
+from dmakit.lab.request_table import IoRequest, Layout, Requests
+from dmakit.lab.schedule import COMPLETE, SUBMIT, QueueSchedule, SplitSchedule
 from dmakit.lab.workload import FioSpec, Workload, merge_adjacent, overlapping
 from dmakit.ledger import ROWS
 from dmakit.memory.pages import PageAllocator

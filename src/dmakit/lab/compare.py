@@ -1,8 +1,8 @@
 """Compare: one workload through every strategy, on the same machine, byte-checked and counted.
 
-A run walks the workload's schedule. Submitting maps the request; completing lets the device carry it out by
-translated DMA, unmaps, and compares every byte with what had to arrive. Between two events virtual time passes,
-so that flush queues and depots work as they do.
+A run walks the workload's schedule, a stretch of it a call (``lab.engine``). Submitting maps the request; completing
+lets the device carry it out by translated DMA, unmaps, and compares every byte with what had to arrive. Between two
+events virtual time passes, so that flush queues and depots work as they do.
 
 The result of a strategy is its ledger over all requests (registration of ``premap`` is kept apart, as ``setup``),
 the shares of submission and completion (what is left ran on timers), the paths taken with their reasons, modelled
@@ -11,24 +11,25 @@ nanoseconds, and the wall time that dmakit itself took to map and unmap (``simul
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from dmakit.errors import DmakitError, FaultError, UnsupportedError
+from dmakit.errors import UnsupportedError
+from dmakit.lab.engine import MOST_EVENTS, Engine
+from dmakit.lab.flight import Columns
 from dmakit.lab.options import Options
 from dmakit.lab.outcome import Outcome
-from dmakit.lab.pattern import Pattern, count_wrong
+from dmakit.lab.pattern import Pattern
+from dmakit.lab.payload import DataPath
 from dmakit.lab.profile import PUBLISHED, cheaper, derived, modelled
-from dmakit.lab.request_table import SUBMIT, IoRequest
 from dmakit.lab.rig import Rig, Source
-from dmakit.lab.strategies import STRATEGIES, Mapped, Strategy
+from dmakit.lab.schedule import stretches
+from dmakit.lab.strategies import STRATEGIES, Strategy
+from dmakit.lab.workload import sharing
 from dmakit.ledger import ROWS, difference
 
 Progress = Callable[[str, int, int], None]
-"""Called with (strategy, requests completed, requests in all)."""
+"""Called with (strategy, requests done, requests in all), from stretch to stretch."""
 
 
 @dataclass(slots=True)
@@ -99,58 +100,6 @@ class Comparison:
         }
 
 
-class Run:
-    """One strategy over one workload."""
-
-    def __init__(self, rig: Rig, strategy: Strategy, result: StrategyResult) -> None:
-        self.rig, self.strategy, self.result = rig, strategy, result
-        largest = max((layout.size for layout in rig.workload.requests.layouts), default=0)
-        self.pattern = Pattern(largest, rig.options.seed)
-        self.inflight: dict[int, tuple[IoRequest, Mapped]] = {}
-        self.counts = np.asarray(rig.ledger.counts)
-        self.submission = np.zeros_like(self.counts)
-        self.completion = np.zeros_like(self.counts)
-
-    def submit(self, request: IoRequest) -> None:
-        """Fill the buffer of a write, and map."""
-        if request.op == "write":
-            self.rig.cpu_write(request.segments, self.pattern.of(request.number, request.size))
-        self.submission -= self.counts
-        started = time.perf_counter_ns()
-        try:
-            self.inflight[request.number] = request, self.strategy.map(request)
-        except DmakitError:
-            self.result.failed += 1
-        self.result.simulator_ns += time.perf_counter_ns() - started
-        self.submission += self.counts
-
-    def complete(self, number: int) -> None:
-        """The device does its work, the request is unmapped, the bytes are compared."""
-        if number not in self.inflight:
-            return
-        request, mapped = self.inflight.pop(number)
-        expected = self.pattern.of(request.number, request.size)
-        if request.op == "write" and request.number in self.rig.shared:
-            expected = memoryview(
-                self.rig.cpu_read(request.segments)
-            )  # somebody wrote there since: what holds is there
-        found: bytes | None = b""
-        try:
-            found = self.rig.device_io(request, mapped.descriptors, expected)
-        except FaultError:
-            self.result.faults += 1
-        self.completion -= self.counts
-        started = time.perf_counter_ns()
-        self.strategy.unmap(request, mapped)
-        self.result.simulator_ns += time.perf_counter_ns() - started
-        self.completion += self.counts
-        if request.op == "read":
-            found = self.rig.cpu_read(request.segments)
-        self.result.wrong += count_wrong(expected, found or b"")
-        self.result.requests += 1
-        self.result.size += request.size
-
-
 def run_strategy(name: str, source: Source, options: Options, progress: Progress | None = None) -> StrategyResult:
     """Run one strategy on a machine of its own."""
     kind = STRATEGIES[name]
@@ -169,27 +118,28 @@ def run_strategy(name: str, source: Source, options: Options, progress: Progress
 
 
 def _run(rig: Rig, kind: type[Strategy], result: StrategyResult, progress: Progress | None) -> None:
-    strategy = kind(rig)
-    result.workload = rig.workload.requests
+    strategy, workload = kind(rig), rig.workload
+    result.workload, result.paths = workload.requests, strategy.path_log()
     blank = rig.ledger.snapshot()
     strategy.prepare()
     before = rig.ledger.snapshot()
     result.setup = difference(before, blank)
-    run = Run(rig, strategy, result)
-    requests = rig.workload.requests
-    for kind_of_event, number in rig.workload.schedule:
-        if kind_of_event == SUBMIT:
-            run.submit(requests.numbered(number))
-        else:
-            run.complete(number)
+    columns = Columns(workload.requests, sharing(workload), rig.ledger.cpus)
+    pattern = Pattern(max((layout.size for layout in workload.requests.layouts), default=0), rig.options.seed)
+    engine = Engine(rig, strategy, columns, DataPath(rig.device, rig.machine.cache, columns, pattern))
+    for kinds, positions in stretches(workload.schedule, workload.requests, MOST_EVENTS):
+        done = 0
+        while done < len(kinds):
+            done += engine.run(kinds, positions, done)
+            result.paths.take_all(*engine.log)
             if progress is not None:
-                progress(result.name, result.requests + result.failed, len(requests))
-        rig.tick()
+                progress(result.name, engine.requests + engine.failed, len(workload.requests))
     rig.machine.settle()
     result.ledger = difference(rig.ledger.snapshot(), before)
-    result.submission = {row.name: int(run.submission[row.index]) for row in ROWS}
-    result.completion = {row.name: int(run.completion[row.index]) for row in ROWS}
-    result.paths = strategy.paths
+    result.submission = {row.name: int(engine.submission[row.index]) for row in ROWS}
+    result.completion = {row.name: int(engine.completion[row.index]) for row in ROWS}
+    result.requests, result.size, result.wrong = engine.requests, engine.size, engine.wrong
+    result.failed, result.faults, result.simulator_ns = engine.failed, engine.faults, engine.simulator_ns
     strategy.finish()
 
 

@@ -30,7 +30,8 @@ from dmakit.errors import DmakitError, HostError, InputError, UnsupportedError
 from dmakit.lab.outcome import Outcome
 from dmakit.lab.pattern import Pattern, count_wrong
 from dmakit.lab.relocate import depth_of, memory_needed, moved
-from dmakit.lab.request_table import SUBMIT, IoRequest, Segments
+from dmakit.lab.request_table import IoRequest, Segments
+from dmakit.lab.schedule import SUBMIT
 from dmakit.lab.sources import FioSource
 from dmakit.lab.workload import Workload, overlapping
 from dmakit.ledger import ROWS

@@ -11,15 +11,21 @@ _WINDOW = 1 << 20
 
 
 class Pattern:
-    """A window that slides over fixed random bytes: request n gets the ``size`` bytes from a place of its own."""
+    """A window that slides over fixed random bytes: request n gets the ``size`` bytes from a place of its own.
+
+    That place is byte ``n * stride % window`` of ``bytes``; ``largest`` is the most that a request may ask for.
+    """
+
+    stride, window = _STRIDE, _WINDOW
 
     def __init__(self, largest: int, seed: int = 0) -> None:
-        self._bytes = memoryview(random.Random(seed).randbytes(largest + _WINDOW))
+        self.largest = largest
+        self.bytes = memoryview(random.Random(seed).randbytes(largest + _WINDOW))
 
     def of(self, number: int, size: int) -> memoryview:
         """The payload of request ``number``."""
         start = number * _STRIDE % _WINDOW
-        return self._bytes[start : start + size]
+        return self.bytes[start : start + size]
 
 
 def count_wrong(expected: memoryview, found: bytes | bytearray) -> int:

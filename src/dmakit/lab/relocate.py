@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dmakit.lab.request_table import SUBMIT, Layout, Segments
+from dmakit.lab.request_table import Layout, Segments
+from dmakit.lab.schedule import SUBMIT
 from dmakit.lab.workload import Workload
 from dmakit.memory.pages import PageAllocator
 from dmakit.units import PAGE

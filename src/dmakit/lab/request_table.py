@@ -2,22 +2,24 @@
 
 A *layout* is where a request's memory lies: its segments and how the block layer holds them. A job draws from few
 layouts (its buffers, by its block sizes), so they are kept once and a request is a few small integers: 11 bytes, and 8
-more where numbers do not simply count up. ``IoRequest`` objects are made when they are asked for. A schedule of a queue
-is a rule, not a list. So ten million requests take about 110 MB.
+more where numbers do not simply count up. ``IoRequest`` objects are made when they are asked for. So ten million
+requests take about 110 MB. In which order they are submitted and completed says a schedule (``lab.schedule``).
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
-SUBMIT, COMPLETE = 0, 1
+import numpy as np
+
+from dmakit.errors import MisuseError
+
 OPS = ("read", "write")
+_AT_ONCE = 1 << 16  # requests whose columns are made in one step
 Segments = tuple[tuple[int, int], ...]
-Schedule = Iterable[tuple[int, int]]
-"""(SUBMIT or COMPLETE, request number), in order; can be walked more than once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +103,16 @@ class Requests(Sequence[IoRequest]):
 
     def add(self, op: str, layout: int, cpu: int = 0, complete_cpu: int = 0, phase: str = "") -> None:
         """The columns of the next request; numbers count up unless ``append`` gave others."""
-        if phase not in self._phases:
-            self._phases.append(phase)
         self._which.append(layout)
         self._op.append(OPS.index(op))
         self._cpus.append(cpu)
         self._complete_cpus.append(complete_cpu)
-        self._phase.append(self._phases.index(phase))
+        self._phase.append(self._phase_index(phase))
+
+    def _phase_index(self, phase: str) -> int:
+        if phase not in self._phases:
+            self._phases.append(phase)
+        return self._phases.index(phase)
 
     def numbered(self, number: int) -> IoRequest:
         """The request of that number; KeyError when there is none."""
@@ -121,30 +126,72 @@ class Requests(Sequence[IoRequest]):
             raise KeyError(number)
         return number
 
-    def layout_index(self, position: int) -> int:
-        """Which of ``layouts`` the request at ``position`` has, without making the request."""
-        return self._which[position]
+    def positions(self, numbers: Any) -> Any:
+        """Where the requests of these numbers are; KeyError when there is none."""
+        if self._positions is not None:
+            return array("Q", [self._positions[number] for number in numbers])
+        if len(numbers) and int(np.max(numbers)) >= len(self):
+            raise KeyError(int(np.max(numbers)))
+        return numbers
+
+    def extend(self, op: bytes, layouts: array[int], cpus: array[int], complete_cpus: array[int]) -> None:
+        """Columns of further requests, without a phase; MisuseError when they do not fit one another or the layouts."""
+        count = len(op)
+        if not len(layouts) == len(cpus) == len(complete_cpus) == count:
+            raise MisuseError(f"columns of {count}, {len(layouts)}, {len(cpus)}, {len(complete_cpus)} requests")
+        if count and (max(layouts) >= len(self.layouts) or max(op) >= len(OPS)):
+            raise MisuseError(f"layout {max(layouts)}, op {max(op)}: must be one of {len(self.layouts)}, {len(OPS)}")
+        if self._positions is not None:
+            raise MisuseError("columns of requests without numbers, after requests that have them")
+        self._phase.extend(array("H", [self._phase_index("")]) * count)
+        self._which.extend(layouts)
+        self._op.frombytes(op)
+        self._cpus.extend(cpus)
+        self._complete_cpus.extend(complete_cpus)
+
+    def columns(self) -> tuple[array[int], array[int], array[int], array[int], array[int]]:
+        """Layout, op (index in ``OPS``), submitting and completing CPU, and number (empty while they count up)."""
+        return self._which, self._op, self._cpus, self._complete_cpus, self._numbers
+
+    def cut(self, parts: list[list[Layout]]) -> tuple[Requests, array[int]]:
+        """Each request as several, numbered anew: one for each of ``parts[its layout]``.
+
+        Also returns where they are: the request at position i became those from ``first[i]`` to ``first[i + 1]`` - 1.
+        """
+        new, first = Requests(), array("Q", [0])
+        places = [[new._index(part) for part in cut] for cut in parts]
+        counts = np.array([len(cut) for cut in parts], np.int64)
+        starts = np.cumsum(counts) - counts
+        flat = np.array([place for cut in places for place in cut], np.uint32)
+        pairs = ((self._op, new._op), (self._phase, new._phase), (self._cpus, new._cpus))
+        for begin in range(0, len(self), _AT_ONCE):
+            which = np.frombuffer(self._which[begin : begin + _AT_ONCE], np.uint32)
+            each = counts[which]
+            ends = np.cumsum(each)
+            within = np.arange(int(ends[-1])) - np.repeat(ends - each, each)
+            new._which.frombytes(flat[np.repeat(starts[which], each) + within].tobytes())
+            for old, copy in (*pairs, (self._complete_cpus, new._complete_cpus)):
+                copy.frombytes(np.repeat(np.array(old[begin : begin + _AT_ONCE], old.typecode), each).tobytes())
+            first.frombytes((ends + first[-1]).astype(np.uint64).tobytes())
+        new._phases = list(self._phases)
+        return new, first
 
     def replaced(self, layouts: list[Layout]) -> Requests:
         """The same requests, with ``layouts[i]`` in place of the i-th layout."""
         new = Requests()
-        for request in self:
-            new.append(
-                IoRequest(
-                    request.number,
-                    request.op,
-                    layouts[self._layout_of[request.layout]],
-                    request.cpu,
-                    request.complete_cpu,
-                    request.phase,
-                )
-            )
+        places = np.array([new._index(layout) for layout in layouts], np.uint32)
+        if len(self):
+            new._which.frombytes(places[np.frombuffer(self._which, np.uint32)].tobytes())
+        new._op, new._phase, new._phases = self._op[:], self._phase[:], list(self._phases)
+        new._cpus, new._complete_cpus, new._numbers = self._cpus[:], self._complete_cpus[:], self._numbers[:]
+        new._positions = None if self._positions is None else dict(self._positions)
         return new
 
     @property
     def size(self) -> int:
         """Payload bytes of all."""
-        return sum(self.layouts[which].size for which in self._which)
+        counts = np.bincount(np.frombuffer(self._which, np.uint32)) if len(self) else np.zeros(0)
+        return sum(self.layouts[which].size * int(count) for which, count in enumerate(counts))
 
     def __len__(self) -> int:
         return len(self._which)
@@ -165,34 +212,3 @@ class Requests(Sequence[IoRequest]):
         return isinstance(other, Requests) and len(self) == len(other) and all(map(IoRequest.__eq__, self, other))
 
     __hash__ = None  # type: ignore[assignment]
-
-
-@dataclass(frozen=True, slots=True)
-class QueueSchedule:
-    """Submit until ``depth`` are in flight, then complete the oldest before each further submission."""
-
-    count: int
-    depth: int
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for number in range(self.count):
-            if number >= self.depth:
-                yield COMPLETE, number - self.depth
-            yield SUBMIT, number
-        for number in range(max(0, self.count - self.depth), self.count):
-            yield COMPLETE, number
-
-
-@dataclass(frozen=True, slots=True)
-class SplitSchedule:
-    """For requests that were cut: the one at position i became those numbered ``first[i]`` to ``first[i+1]`` - 1."""
-
-    schedule: Schedule
-    requests: Requests
-    first: array[int]
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for kind, number in self.schedule:
-            at = self.requests.position(number)
-            for part in range(self.first[at], self.first[at + 1]):
-                yield kind, part

@@ -10,7 +10,6 @@ of memory of their own, and descriptors and registered windows from memory that 
 
 from __future__ import annotations
 
-from array import array
 from contextlib import suppress
 from typing import Any, Protocol, cast
 
@@ -19,13 +18,11 @@ from dmakit.block.device import MappingDevice
 from dmakit.block.limits import NVME_MAX_SEGS, QueueLimits
 from dmakit.block.request import Op
 from dmakit.dma.device import Device
-from dmakit.dma.direction import Direction
 from dmakit.errors import DmakitError
-from dmakit.lab.descriptors import Descriptors, fetch
 from dmakit.lab.options import Options
-from dmakit.lab.request_table import IoRequest, Layout, Requests, Segments, SplitSchedule
-from dmakit.lab.workload import Workload, overlapping
-from dmakit.memory.buffers import CpuView
+from dmakit.lab.request_table import Layout, Segments
+from dmakit.lab.schedule import SplitSchedule
+from dmakit.lab.workload import Workload
 from dmakit.nvme.coherent import DeviceSource
 from dmakit.nvme.mapping import RequestMapper
 from dmakit.nvme.pool import LARGE_BYTES, SMALL_BYTES, DescriptorPool
@@ -33,9 +30,6 @@ from dmakit.p2p.state import P2pState
 from dmakit.p2p.topology import HostBridge, PciTopology, Provider
 from dmakit.platform.soft import Machine
 from dmakit.units import MIB
-
-STEP_NS = 10_000
-"""Virtual time between two scheduled events; flush-queue and depot timers run on it."""
 
 
 class Source(Protocol):
@@ -82,9 +76,7 @@ class Rig:
         self.provider: Provider | None = None
         if options.p2p != "none":
             self._move_to_peer()
-        self.shared = overlapping(self.workload)
         self.device = self._make_device()
-        self.cpu_view: CpuView = self.machine.cache or self.machine.memory
         self.ledger = self.machine.ledger
         self.mapper = self._make_mapper()
 
@@ -137,59 +129,16 @@ class Rig:
 
     def _split(self) -> None:
         """PRPs cannot describe a gap inside a controller page: the block layer cuts such requests there."""
-        whole, requests, first = self.workload.requests, Requests(), array("Q", [0])
-        parts: dict[Segments, list[int]] = {}
-        for request in whole:
-            if request.segments not in parts:
-                bio = Bio(Op.READ)
-                for phys, size in request.segments:
-                    bio.add(phys, size)
-                cut = split(bio, self.limits)
-                parts[request.segments] = [requests.layout(tuple(part.data.bvecs)) for part in cut]
-            for layout in parts[request.segments]:
-                requests.add(request.op, layout, request.cpu, request.complete_cpu, request.phase)
-            first.append(len(requests))
-        self.workload.requests = requests
+        whole, parts = self.workload.requests, []
+        for layout in whole.layouts:
+            bio = Bio(Op.READ)
+            for phys, size in layout.segments:
+                bio.add(phys, size)
+            parts.append([Layout.of(tuple(part.data.bvecs)) for part in split(bio, self.limits)])
+        self.workload.requests, first = whole.cut(parts)
         self.workload.schedule = SplitSchedule(self.workload.schedule, whole, first)
-
-    # The CPU's side and the device's side of the data ---------------------------------------------------------
-
-    def cpu_write(self, segments: Segments, payload: memoryview) -> None:
-        """The application fills its buffer."""
-        at = 0
-        for phys, size in segments:
-            self.cpu_view.write(phys, payload[at : at + size])
-            at += size
-
-    def cpu_read(self, segments: Segments) -> bytes:
-        """The application reads its buffer."""
-        return b"".join(self.cpu_view.read(phys, size) for phys, size in segments)
-
-    def device_io(self, request: IoRequest, descriptors: Descriptors, payload: memoryview) -> bytes | None:
-        """The device carries a request out: fetch descriptors, then move the data.
-
-        Returns what the device read (for a write request), or None. FaultError when the IOMMU blocks an access.
-        """
-        to_host = request.op == "read"
-        ranges = fetch(self.device.dma_read, descriptors, to_host=to_host)
-        if not to_host:
-            return b"".join(self.device.dma_read(addr, size) for addr, size in ranges)
-        at = 0
-        for addr, size in ranges:
-            self.device.dma_write(addr, payload[at : at + size])
-            at += size
-        return None
-
-    def tick(self) -> None:
-        """Let virtual time pass."""
-        self.machine.clock.advance(STEP_NS)
 
     def close(self) -> None:
         """Stop the timers; best effort after a failed run."""
         with suppress(DmakitError):
             self.machine.close()
-
-
-def direction_of(request: IoRequest) -> Direction:
-    """The DMA direction of a request's data."""
-    return Direction.FROM_DEVICE if request.op == "read" else Direction.TO_DEVICE

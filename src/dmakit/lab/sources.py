@@ -13,6 +13,7 @@ from typing import Any
 from dmakit.errors import InputError
 from dmakit.lab.inputs import Input
 from dmakit.lab.request_table import IoRequest, Layout, Requests, Segments
+from dmakit.lab.schedule import ListedSchedule
 from dmakit.lab.workload import FioSpec, Workload
 from dmakit.platform.soft import HIGH_RAM_START, LOW_RAM_END, Machine
 from dmakit.trace.requests import Recorded
@@ -131,7 +132,7 @@ class TraceSource:
             )
             for request in self.requests
         )
-        return Workload(self.name, requests, schedule(self.requests), self.cpus)
+        return Workload(self.name, requests, ListedSchedule(schedule(self.requests)), self.cpus)
 
     def replay_score(self) -> tuple[int, int] | None:
         """(allocations whose IOVA is the kernel's, allocations), by the allocator replay of the same trace."""

@@ -9,54 +9,66 @@ two-step    what Linux's NVMe driver does today: one map for one segment, else o
 premap      the buffer's window is mapped when the buffer is registered; a request computes offsets
 =========== ==============================================================================================
 
-Each strategy maps and unmaps; descriptors are written by the same NVMe code for all, so the difference between
-two strategies is the mapping alone. A strategy records one (path, reason) a request and counts the bytes it keeps
-to undo a mapping (``bookkeeping_bytes``) and its walks over the segments (``passes``).
+Each strategy maps and unmaps flights (``lab.flight``); descriptors are written by the same NVMe code for all, so the
+difference between two strategies is the mapping alone. A strategy leaves one (path, reason) a request in the flight and
+counts the bytes it keeps to undo a mapping (``bookkeeping_bytes``) and its walks over the segments (``passes``).
+
+What a request needs of the block layer depends on its layout and direction alone, so it is made once for each of these.
+Where every call must be seen by itself (the contract checker, a peer that is asked page by page) the same strategy
+makes the device's public calls.
 """
 
 from __future__ import annotations
 
-from array import array
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from dmakit.block.device import MappingDevice
-from dmakit.block.request import Op, Request
-from dmakit.block.sg import SgRequest
-from dmakit.consts import ATTR_MMIO, L_BOOKKEEPING_BYTES, L_PASSES
-from dmakit.dma.batch import map_many, unmap_many
-from dmakit.errors import DmakitError, UnsupportedError
-from dmakit.lab.descriptors import Descriptors, DescriptorWriter
-from dmakit.lab.request_table import IoRequest, Segments
-from dmakit.lab.rig import Rig, direction_of
-from dmakit.nvme.iod import FAST_PATHS, PATHS, VECTOR_BYTES, Iod
-from dmakit.nvme.listed import Ranges
+import cython
+
+from dmakit.block.request import Op
+from dmakit.block.sg import blk_rq_map_sg, table_bytes
+from dmakit.dma.report import map_error, sg_error
+from dmakit.errors import DmakitError, MisuseError, UnsupportedError
+from dmakit.lab.request_table import Layout, Segments
+from dmakit.nvme.iod import FAST_PATHS, PATHS
 from dmakit.nvme.registration import Registration, register
 from dmakit.p2p.decision import MapType
 from dmakit.reasons import PathLog, Reason
 
+if not cython.compiled:
+    from dmakit.block.request import Request
+    from dmakit.consts import ATTR_MMIO, EREMOTEIO, L_BOOKKEEPING_BYTES, L_PASSES
+    from dmakit.dma.device import Device
+    from dmakit.dma.scatter import SgMapping
+    from dmakit.lab.descriptors import DescriptorWriter
+    from dmakit.lab.flight import Flight, Ranges
+    from dmakit.nvme.iod import Iod
+    from dmakit.nvme.mapping import RequestMapper
 
-@dataclass(slots=True)
-class Mapped:
-    """A mapped request: what the device is told, and what undoes it."""
+_VECTOR_BYTES = 16
+_SG_ENTRY_BYTES = 32
+_SINGLE_SEGMENT = int(Reason.SINGLE_SEGMENT)
+_STRATEGY = int(Reason.STRATEGY)
+_SG_MERGED = int(Reason.SG_MERGED)
+_SG_NOT_MERGED = int(Reason.SG_NOT_MERGED)
+_PREMAPPED = int(Reason.PREMAPPED)
 
-    descriptors: Descriptors
-    token: Any
 
-
+@cython.cclass
 class Strategy:
-    """Base: maps one request after the other on a rig. Subclasses give ``ranges`` and ``release``."""
+    """Base: maps and unmaps flights on a rig. Subclasses give ``_ranges`` and ``_release``."""
 
     name = ""
     path = ""
     identity = False
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Any) -> None:
         self.rig = rig
         self.device = rig.device
         self.ledger = rig.ledger
-        self.paths = self.path_log()
+        self.peer = rig.peer
+        self.layouts: list[Layout] = rig.workload.requests.layouts
         self.writer = DescriptorWriter(rig.mapper)
+        self.watched = rig.device.checker is not None
 
     def path_log(self) -> PathLog:
         """The declared paths of this strategy; its own one is its fast path."""
@@ -68,103 +80,121 @@ class Strategy:
     def finish(self) -> None:
         """Undo ``prepare``, after the last request."""
 
-    def map(self, request: IoRequest) -> Mapped:
+    def _map(self, f: Flight) -> cython.int:
         """Give the device access; DmakitError leaves nothing mapped."""
-        ranges, token = self.ranges(request)
+        self._ranges(f)
         try:
-            descriptors = self.writer.write(ranges, request.size)
+            self.writer._write(f)
         except DmakitError:
-            self.release(request, token)
+            self._release(f)
             raise
-        return Mapped(descriptors, token)
+        return 0
 
-    def unmap(self, request: IoRequest, mapped: Mapped) -> None:
+    def _unmap(self, f: Flight) -> cython.int:
         """Take the access back."""
-        self.writer.drop(mapped.descriptors)
-        self.release(request, mapped.token)
+        self.writer._drop(f)
+        return self._release(f)
 
-    def ranges(self, request: IoRequest) -> tuple[Ranges, Any]:
-        """Device ranges of a request and the token that releases them."""
+    def _ranges(self, f: Flight) -> cython.int:
+        """Let the flight have the device ranges of its request."""
         raise UnsupportedError(f"strategy {self.name!r} maps no ranges")
 
-    def release(self, request: IoRequest, token: Any) -> None:
-        """Undo ``ranges``."""
+    def _release(self, f: Flight) -> cython.int:
+        """Undo ``_ranges``."""
+        return 0
 
-    def keep(self, count: int) -> None:
-        """Count bookkeeping bytes."""
-        self.ledger.count(L_BOOKKEEPING_BYTES, count)
-
-    def block_request(self, request: IoRequest) -> Request:
-        """The block layer's request for the same data."""
-        op = Op.READ if request.op == "read" else Op.WRITE
-        return Request(op, list(request.bvecs or request.segments), limits=self.rig.limits, cpu=request.cpu)
+    def request_of(self, layout: int, reads: bool) -> Request:
+        """The block layer's request for a layout."""
+        shape = self.layouts[layout]
+        op = Op.READ if reads else Op.WRITE
+        return Request(op, list(shape.bvecs or shape.segments), limits=self.rig.limits)
 
 
+@cython.cclass
 class Page(Strategy):
     """A loop of dma_map_phys."""
 
     name = "page"
     path = "map_phys each"
 
-    def ranges(self, request: IoRequest) -> tuple[Ranges, Any]:
-        self.ledger.count(L_PASSES)
-        done = self._each(request) if self._one_by_one(request) else self._batch(request)
-        if self.device.need_unmap() and self.rig.peer is None:
-            self.keep(VECTOR_BYTES * len(done))
-        self.paths.take(request.number, self.path, self.reason(done))
-        return done, done
+    def __init__(self, rig: Any) -> None:
+        Strategy.__init__(self, rig)
+        self.bus = rig.options.p2p == "bus"
+        self.attrs = ATTR_MMIO if rig.peer is not None else 0
 
-    def reason(self, ranges: Ranges) -> Reason:
+    def _ranges(self, f: Flight) -> cython.int:
+        self.ledger.counts[L_PASSES] += 1
+        f._own_ranges()
+        if self.watched or self.peer is not None:
+            self._each(f)
+        else:
+            self._batch(f)
+        if self.peer is None and self.device._need_unmap():
+            self.ledger.counts[L_BOOKKEEPING_BYTES] += _VECTOR_BYTES * f.count
+        f.taken = self._reason(f)
+        return 0
+
+    def _reason(self, f: Flight) -> cython.int:
         """Why this path: nothing else was open."""
-        return Reason.SINGLE_SEGMENT if len(ranges) == 1 else Reason.STRATEGY
+        return _SINGLE_SEGMENT if f.count == 1 else _STRATEGY
 
-    def _one_by_one(self, request: IoRequest) -> bool:
-        """Whether each call must be seen: a peer is asked page by page, and the checker watches single calls."""
-        return self.rig.peer is not None or self.device.checker is not None or len(request.segments) == 1
+    def _batch(self, f: Flight) -> cython.int:
+        """The loop without a Python call a piece; all or nothing."""
+        device: Device = self.device
+        i: cython.Py_ssize_t
+        done: cython.Py_ssize_t
+        for done in range(f.count):
+            f.addr[done] = device._map_phys(f.phys[done], f.length[done], f.direction, 0, f.cpu)
+            if f.addr[done] == 0:
+                error = map_error(device, int(f.phys[done]), int(f.length[done]), 0)
+                for i in range(done):
+                    device._unmap_phys(f.addr[i], f.length[i], f.direction, 0, f.cpu)
+                raise error
+        return 0
 
-    def _batch(self, request: IoRequest) -> Ranges:
-        """The loop as one batch call: the same calls, counted the same."""
-        phys, sizes = (array("Q", column) for column in zip(*request.segments, strict=True))
-        found = array("Q", bytes(8 * len(phys)))
-        map_many(self.device, phys, sizes, found, direction_of(request), cpu=request.cpu)
-        return list(zip(found, sizes, strict=True))
-
-    def _each(self, request: IoRequest) -> Ranges:
-        direction = direction_of(request)
-        done: Ranges = []
+    def _each(self, f: Flight) -> cython.int:
+        """The loop by public calls."""
+        at: cython.Py_ssize_t = 0
+        wanted: cython.Py_ssize_t = f.count
         try:
-            for phys, size in request.segments:
-                done.append((self._one(phys, size, direction, request.cpu), size))
+            for at in range(wanted):
+                f.addr[at] = self.one(int(f.phys[at]), int(f.length[at]), int(f.direction), int(f.cpu))
         except DmakitError:
-            self.release(request, done)
+            f.count = at
+            self._release(f)
             raise
-        return done
+        return 0
 
-    def _one(self, phys: int, size: int, direction: int, cpu: int) -> int:
-        peer = self.rig.peer
+    def one(self, phys: int, size: int, direction: int, cpu: int) -> int:
+        """The device's address of one piece."""
+        peer = self.peer
+        found: int
         if peer is None:
-            return self.device.map_phys(phys, size, direction, cpu=cpu)
+            found = self.device.map_phys(phys, size, direction, cpu=cpu)
+            return found
         peer.reset()  # a loop over pages has no memo: each page asks again
         kind = peer.map_type(phys)
         if kind == MapType.BUS_ADDR:
-            return peer.bus_address(phys)
+            found = peer.bus_address(phys)
+            return found
         if kind == MapType.THRU_HOST_BRIDGE:
-            return self.device.map_phys(phys, size, direction, ATTR_MMIO, cpu=cpu)
-        raise UnsupportedError(f"peer memory at {phys:#x} cannot be reached", 121)
+            found = self.device.map_phys(phys, size, direction, ATTR_MMIO, cpu=cpu)
+            return found
+        raise UnsupportedError(f"peer memory at {phys:#x} cannot be reached", EREMOTEIO)
 
-    def release(self, request: IoRequest, token: Any) -> None:
-        if self.rig.options.p2p == "bus":
-            return
-        direction, cpu = direction_of(request), request.complete_cpu
-        attrs = ATTR_MMIO if self.rig.peer is not None else 0
-        if not self._one_by_one(request):
-            found, sizes = (array("Q", column) for column in zip(*token, strict=True))
-            unmap_many(self.device, found, sizes, direction, attrs, cpu=cpu)
-            return
-        for addr, size in token:
-            self.device.unmap_phys(addr, size, direction, attrs, cpu=cpu)
+    def _release(self, f: Flight) -> cython.int:
+        i: cython.Py_ssize_t
+        if self.bus:
+            return 0
+        for i in range(f.count):
+            if self.watched:
+                self.device.unmap_phys(int(f.addr[i]), int(f.length[i]), f.direction, self.attrs, cpu=f.end_cpu)
+            elif self.device._unmap_phys(f.addr[i], f.length[i], f.direction, self.attrs, f.end_cpu) != 0:
+                raise MisuseError(f"unmap_phys: nothing is mapped at {int(f.addr[i]):#x}", rule="not-mapped")
+        return 0
 
 
+@cython.cclass
 class Direct(Page):
     """The same loop on a device without translation."""
 
@@ -172,92 +202,179 @@ class Direct(Page):
     path = "physical addresses"
     identity = True
 
-    def reason(self, ranges: Ranges) -> Reason:
-        return Reason.NO_IOMMU if self.rig.options.iommu == "none" else Reason.IDENTITY_DOMAIN
+    def __init__(self, rig: Any) -> None:
+        Page.__init__(self, rig)
+        self.why = int(Reason.NO_IOMMU if rig.options.iommu == "none" else Reason.IDENTITY_DOMAIN)
+
+    def _reason(self, f: Flight) -> cython.int:
+        return self.why
 
 
+@cython.cclass
 class Sg(Strategy):
     """A scatterlist table and one dma_map_sg."""
 
     name = "sg"
     path = "map_sg"
 
-    def ranges(self, request: IoRequest) -> tuple[Ranges, Any]:
-        peer = self.rig.peer
-        if peer is not None:
-            peer.reset()
-        sg = SgRequest(self.block_request(request), cast(MappingDevice, self.device), ledger=self.ledger)
-        if peer is not None:
-            reason = Reason.P2P_BUS if self.rig.options.p2p == "bus" else Reason.P2P_HOST_BRIDGE
+    def __init__(self, rig: Any) -> None:
+        Strategy.__init__(self, rig)
+        self.entries: list[list[tuple[int, int]] | None] = [None] * len(self.layouts)
+        self.tables: list[int] = [0] * len(self.layouts)
+        self.idle: list[list[SgMapping]] = [[] for _ in self.layouts]
+        self.peer_reason = 0
+        if rig.peer is not None:
+            self.peer_reason = int(Reason.P2P_BUS if rig.options.p2p == "bus" else Reason.P2P_HOST_BRIDGE)
+
+    def _ranges(self, f: Flight) -> cython.int:
+        sg: SgMapping
+        pieces: cython.Py_ssize_t = f.count
+        if self.entries[f.layout] is None:
+            self.shape(f.layout)
+        self.ledger.counts[L_BOOKKEEPING_BYTES] += self.tables[f.layout]
+        self.ledger.counts[L_PASSES] += 1
+        if self.watched:
+            sg = self.device.map_sg(self.entries[f.layout], f.direction, cpu=f.cpu)
         else:
-            merged = len(sg.ranges) < len(request.segments) or len(request.segments) == 1
-            reason = Reason.SG_MERGED if merged else Reason.SG_NOT_MERGED
-        self.paths.take(request.number, self.path, reason)
-        return sg.consume(), sg
+            sg = self._mapped(f)
+        self.ledger.counts[L_PASSES] += 2  # the driver walks the mapped entries when it writes its descriptors
+        f.token = sg
+        f.addr, f.length, f.count = sg.addr, sg.out_length, sg.count
+        if self.peer_reason != 0:
+            f.taken = self.peer_reason
+        else:
+            f.taken = _SG_MERGED if sg.count < pieces or pieces == 1 else _SG_NOT_MERGED
+        return 0
 
-    def release(self, request: IoRequest, token: Any) -> None:
-        token.unmap(cpu=request.complete_cpu)
+    def shape(self, layout: int) -> None:
+        """What the block layer makes of a layout: the entries of its scatterlist, and the bytes of the table."""
+        request = self.request_of(layout, True)
+        self.tables[layout] = table_bytes(request.segments)
+        self.entries[layout] = blk_rq_map_sg(request)
+
+    def _mapped(self, f: Flight) -> SgMapping:
+        """``map_sg`` without making its list anew."""
+        sg: SgMapping
+        count: cython.Py_ssize_t
+        idle: list[SgMapping] = self.idle[f.layout]
+        if idle:
+            sg = idle.pop()
+        else:
+            sg = self.fresh(f.layout)
+        sg.direction = f.direction
+        count = self.device._map_sg(sg, f.cpu)
+        if count <= 0:
+            idle.append(sg)
+            raise sg_error(self.device, int(count), sg)
+        return sg
+
+    def fresh(self, layout: int) -> SgMapping:
+        """A scatterlist with the entries of a layout."""
+        entries = self.entries[layout] or []
+        sg: SgMapping = SgMapping(len(entries))
+        at: cython.Py_ssize_t = 0
+        for phys, length in entries:
+            sg.phys[at] = phys
+            sg.length[at] = length
+            at += 1
+        sg.entries = at
+        return sg
+
+    def _release(self, f: Flight) -> cython.int:
+        sg: SgMapping = f.token
+        f.token = None
+        if self.watched:
+            self.device.unmap_sg(sg, cpu=f.end_cpu)
+            return 0
+        self.device._unmap_sg(sg, f.end_cpu)
+        idle: list[SgMapping] = self.idle[f.layout]
+        idle.append(sg)
+        return 0
 
 
+@cython.cclass
 class SgNoMerge(Page):
     """A scatterlist whose entries are mapped one by one."""
 
     name = "sg-nomerge"
     path = "map each entry"
 
-    def ranges(self, request: IoRequest) -> tuple[Ranges, Any]:
-        done, token = super().ranges(request)
-        self.ledger.count(L_PASSES, 2)
-        kept = VECTOR_BYTES * len(done) if self.device.need_unmap() and self.rig.peer is None else 0
-        self.keep(32 * len(done) - kept)
-        return done, token
+    def _ranges(self, f: Flight) -> cython.int:
+        kept: cython.longlong
+        Page._ranges(self, f)
+        self.ledger.counts[L_PASSES] += 2
+        kept = _VECTOR_BYTES if self.peer is None and self.device._need_unmap() else 0
+        self.ledger.counts[L_BOOKKEEPING_BYTES] += (_SG_ENTRY_BYTES - kept) * f.count
+        return 0
 
 
+@cython.cclass
 class TwoStep(Strategy):
     """What the NVMe driver does: its own decisions, windows and fallbacks."""
 
     name = "two-step"
 
+    def __init__(self, rig: Any) -> None:
+        Strategy.__init__(self, rig)
+        self.mapper: RequestMapper = rig.mapper
+        self.requests: list[Request | None] = [None] * (2 * len(self.layouts))
+
     def path_log(self) -> PathLog:
         return PathLog(PATHS, FAST_PATHS)
 
-    def map(self, request: IoRequest) -> Mapped:
-        if self.rig.peer is not None:
-            self.rig.peer.reset()
-        iod: Iod = self.rig.mapper.map(self.block_request(request))
-        self.paths.take(request.number, iod.path_name, Reason(iod.reason))
-        if iod.status:
+    def _map(self, f: Flight) -> cython.int:
+        at: cython.Py_ssize_t = 2 * f.layout + f.reads
+        request: Request | None = self.requests[at]
+        iod: Iod
+        if self.peer is not None:
+            self.peer.reset()
+        if request is None:
+            request = self.requests[at] = self.request_of(f.layout, f.reads)
+        if f.token is None:
+            f.token = Iod(request)
+        iod = f.token
+        self.mapper._map_into(iod, request, f.cpu, False)
+        f.taken = iod.path << 8 | iod.reason
+        if iod.status != 0:
             raise iod.error if isinstance(iod.error, DmakitError) else UnsupportedError(f"status {iod.status}")
-        return Mapped(Descriptors.of(iod, request.size), iod)
+        f.psdt, f.low, f.high = iod.psdt, iod.low, iod.high
+        return 0
 
-    def unmap(self, request: IoRequest, mapped: Mapped) -> None:
-        self.rig.mapper.unmap(mapped.token, cpu=request.complete_cpu)
+    def _unmap(self, f: Flight) -> cython.int:
+        return self.mapper._unmap(f.token, f.end_cpu)
 
 
+@cython.cclass
 class Premap(Strategy):
     """Registered buffers: one window for each distinct buffer, mapped once for both directions."""
 
     name = "premap"
     path = "registered buffer"
 
-    def __init__(self, rig: Rig) -> None:
-        super().__init__(rig)
+    def __init__(self, rig: Any) -> None:
+        Strategy.__init__(self, rig)
         self.registered: dict[Segments, Registration] = {}
+        self.windows = Ranges([])
 
     def prepare(self) -> None:
-        if self.rig.peer is not None:
+        if self.peer is not None:
             raise UnsupportedError("premap registers memory of this machine, not of a peer device")
         try:
-            for layout in self.rig.workload.requests.layouts:
+            for layout in self.layouts:
                 if layout.segments not in self.registered:
                     self.registered[layout.segments] = register(self.device, layout.segments)
         except DmakitError:
             self.finish()
             raise
+        self.windows = Ranges([tuple(self.registered[layout.segments].ranges) for layout in self.layouts])
 
-    def ranges(self, request: IoRequest) -> tuple[Ranges, Any]:
-        self.paths.take(request.number, self.path, Reason.PREMAPPED)
-        return self.registered[request.segments].ranges, None
+    def _ranges(self, f: Flight) -> cython.int:
+        windows: Ranges = self.windows
+        first: cython.Py_ssize_t = windows.bounds[f.layout]
+        end: cython.Py_ssize_t = windows.bounds[f.layout + 1]
+        f.taken = _PREMAPPED
+        f.addr, f.length, f.count = windows.addr[first:end], windows.length[first:end], end - first
+        return 0
 
     def finish(self) -> None:
         for registration in self.registered.values():

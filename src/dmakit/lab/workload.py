@@ -12,14 +12,21 @@ Two sources: ``FioSpec``, a fio-like description placed on a machine's own memor
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from dmakit.errors import InputError
-from dmakit.lab.request_table import COMPLETE, QueueSchedule, Requests, Schedule, Segments
+from dmakit.lab.request_table import Requests, Segments
+from dmakit.lab.schedule import QueueSchedule, Schedule, stretches
+from dmakit.lab.sharing import Sharing
 from dmakit.memory.buffers import Buffer, allocate
 from dmakit.memory.pages import PageAllocator
 from dmakit.units import KIB, PAGE, format_size
+
+_AT_ONCE = 1 << 14  # requests that are drawn, and events that are looked at, in one step
 
 
 @dataclass(slots=True)
@@ -109,40 +116,55 @@ class FioSpec:
 
     def place(self, pages: PageAllocator) -> Workload:
         """Allocate the buffers (one a slot in flight) and draw the requests; deterministic in the seed."""
-        draw = random.Random(self.seed)
         largest = max(self.block_sizes)
         slots = [[self._buffer(pages, largest) for _ in range(self.iodepth)] for _ in range(self.jobs)]
-        requests, depth = Requests(), self.iodepth * self.jobs
-        layouts: dict[tuple[int, int], int] = {}
-        for number in range(self.requests):
-            slot, job = divmod(number % depth, self.jobs)
-            size = draw.choice(self.block_sizes)
-            op = "read" if draw.random() < self.read_share else "write"
-            if (number % depth, size) not in layouts:
-                pieces = merge_adjacent(slots[job][slot].slices(0, size))
-                layouts[number % depth, size] = requests.layout(pieces)
-            requests.add(op, layouts[number % depth, size], job, job)
-        return Workload(self.name, requests, QueueSchedule(len(requests), depth), self.jobs)
+        requests = Requests()
+        self._draw(requests, slots)
+        return Workload(self.name, requests, QueueSchedule(len(requests), self.iodepth * self.jobs), self.jobs)
+
+    def _draw(self, requests: Requests, slots: list[list[Buffer]]) -> None:
+        """Draw the size and the operation of each request, in steps; the slots in flight take turns."""
+        draw, kinds, depth = random.Random(self.seed), len(self.block_sizes), self.iodepth * self.jobs
+        places = np.full(depth * kinds, -1)
+        for first in range(0, self.requests, _AT_ONCE):
+            sizes, ops = _drawn(draw, kinds, self.read_share, min(_AT_ONCE, self.requests - first))
+            slot = np.arange(first, first + len(ops)) % depth
+            which = slot * kinds + np.frombuffer(sizes, np.uint16)
+            for at in np.flatnonzero(places[which] < 0):
+                if places[which[at]] < 0:
+                    buffer = slots[slot[at] % self.jobs][slot[at] // self.jobs]
+                    size = self.block_sizes[sizes[at]]
+                    places[which[at]] = requests.layout(merge_adjacent(buffer.slices(0, size)))
+            jobs = array("H", (slot % self.jobs).astype(np.uint16).tobytes())
+            requests.extend(ops, array("I", places[which].astype(np.uint32).tobytes()), jobs, jobs)
+
+
+def _drawn(draw: random.Random, kinds: int, read_share: float, count: int) -> tuple[array[int], bytes]:
+    """Of ``count`` requests: which block size, as ``Random.choice`` draws it, and 0 for a read, 1 for a write."""
+    bits, getrandbits, rand = kinds.bit_length(), draw.getrandbits, draw.random
+    sizes, ops = array("H", bytes(2 * count)), bytearray(count)
+    for at in range(count):
+        size = getrandbits(bits)
+        while size >= kinds:
+            size = getrandbits(bits)
+        sizes[at] = size
+        ops[at] = rand() >= read_share
+    return sizes, bytes(ops)
 
 
 def overlapping(workload: Workload) -> set[int]:
     """Numbers of the requests that share a page with another one while both are in flight."""
-    requests, shared = workload.requests, set[int]()
-    pages = [_pages(layout.segments) for layout in requests.layouts]
-    groups = _groups(pages)
-    inflight: list[dict[int, int]] = [{} for _ in pages]  # by group: request number, layout
-    for kind, number in workload.schedule:
-        which = requests.layout_index(requests.position(number))
-        others = inflight[groups[which]]
-        if kind == COMPLETE:
-            others.pop(number, None)
-            continue
-        if others:
-            sharing = [other for other, there in others.items() if not pages[which].isdisjoint(pages[there])]
-            if sharing:
-                shared.update(sharing, (number,))
-        others[number] = which
-    return shared
+    shared = sharing(workload)
+    return set() if shared is None else {workload.requests[at].number for at, flag in enumerate(shared) if flag}
+
+
+def sharing(workload: Workload) -> bytearray | None:
+    """``overlapping`` as a byte a request, by position; None when no request shares a page."""
+    requests = workload.requests
+    walk = Sharing(requests.columns()[0], _atoms([_pages(layout.segments) for layout in requests.layouts]))
+    for kinds, positions in stretches(workload.schedule, requests, _AT_ONCE):
+        walk.follow(kinds, positions)
+    return walk.shared
 
 
 def _pages(segments: Segments) -> set[int]:
@@ -150,16 +172,17 @@ def _pages(segments: Segments) -> set[int]:
     return {page for phys, size in segments for page in range(phys >> 12, (phys + size + 4095) >> 12)}
 
 
-def _groups(pages: list[set[int]]) -> list[int]:
-    """A number for each set, the same for sets that are linked by common pages (most often only a few sets are)."""
-    group, first = list(range(len(pages))), dict[int, int]()
-
-    def root(one: int) -> int:
-        while group[one] != one:
-            group[one] = one = group[group[one]]
-        return one
-
-    for one, held in enumerate(pages):
+def _atoms(pages: list[set[int]]) -> list[list[int]]:
+    """What each set is made of: pages that the same sets have count as one, numbered from 0."""
+    holders: dict[int, list[int]] = {}
+    for which, held in enumerate(pages):
         for page in held:
-            group[root(one)] = root(first.setdefault(page, one))
-    return [root(one) for one in range(len(pages))]
+            holders.setdefault(page, []).append(which)
+    numbers: dict[tuple[int, ...], int] = {}
+    made: list[list[int]] = [[] for _ in pages]
+    for sets in map(tuple, holders.values()):
+        if sets not in numbers:
+            numbers[sets] = len(numbers)
+            for which in sets:
+                made[which].append(numbers[sets])
+    return made
