@@ -13,6 +13,7 @@ from dmakit.lab.compare import Comparison, compare, run_strategy
 from dmakit.lab.court import CASES, verdict
 from dmakit.lab.inputs import Input, parse_spec, resolve
 from dmakit.lab.options import EMBEDDED, Options
+from dmakit.lab.rig import Rig
 from dmakit.lab.sources import FioSource, source_of
 from dmakit.lab.strategies import STRATEGIES
 from dmakit.ledger import ROWS
@@ -172,12 +173,18 @@ def test_a_trace_that_does_not_exist_and_the_bundled_one(tmp_path: Path) -> None
 
 
 def test_status_1_when_a_byte_differs(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    from dmakit.lab.rig import Rig
+    """A byte of the first request's buffer changes before the device reads it."""
+    whole = Rig._make_device
 
-    whole = Rig.cpu_read
-    monkeypatch.setattr(Rig, "cpu_read", lambda self, segments: whole(self, segments)[:-1] + b"?")
-    assert run(["compare", "bs=4k,n=2", "--strategy", "page"]) == 1
-    assert "bytes wrong: 2 of" in capsys.readouterr().out
+    def with_a_flipped_byte(rig: Rig) -> Any:
+        ((phys, _),) = rig.workload.requests[0].segments
+        memory = rig.machine.memory
+        rig.machine.clock.call_later(5_000, lambda: memory.write(phys + 77, bytes([memory.read(phys + 77, 1)[0] ^ 1])))
+        return whole(rig)
+
+    monkeypatch.setattr(Rig, "_make_device", with_a_flipped_byte)
+    assert run(["compare", "bs=4k,n=2,rw=write", "--strategy", "page"]) == 1
+    assert "bytes wrong: 1 of" in capsys.readouterr().out
 
 
 def test_a31_every_slow_request_is_explained(capsys: Any) -> None:

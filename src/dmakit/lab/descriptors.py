@@ -36,7 +36,7 @@ class DescriptorWriter:
         self.sgl_threshold = mapper.sgl_threshold
 
     def _write(self, f: Flight) -> cython.int:
-        """PRPs or an SGL; ExhaustedError when no block can be had, MisuseError when they cannot say it: nothing is kept."""
+        """PRPs or an SGL; ExhaustedError without a block, MisuseError when they cannot say it: nothing is kept."""
         large: cython.bint = self.sgl_threshold != 0 and f.size >= self.sgl_threshold * f.count
         listed: cython.bint = self.sgl_supported and (large or not self._meet(f))
         writer: ListWriter = self.sgl if listed else self.prp
@@ -45,11 +45,10 @@ class DescriptorWriter:
             raise MisuseError(f"descriptors of {f.pairs()}: addresses must lie in [0, 2^63)")
         failed = writer._build(f.addr, f.length, 0, f.count)
         if failed != 0:
-            error = (
-                writer._lacking() if failed == -ENOMEM else MisuseError(f"no {writer.kind} describes {f.pairs()}", EIO)
-            )
             writer._drop(writer.chain)
-            raise error
+            if failed == -ENOMEM:
+                raise writer._lacking()
+            raise MisuseError(f"{writer.kind}: cannot describe {f.pairs()}", EIO)
         f.psdt = PSDT_SGL_METABUF if listed else PSDT_PRP
         f.low = writer._word(False)
         f.high = writer._word(True)
