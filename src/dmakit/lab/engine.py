@@ -74,7 +74,8 @@ class Engine:
         """Let the events from ``start`` on happen; returns how many did. At most ``MOST_EVENTS`` may be given."""
         if len(kinds) != len(positions) or len(kinds) > MOST_EVENTS or not 0 <= start <= len(kinds):
             raise MisuseError(
-                f"stretch of {len(kinds)}, {len(positions)} events from {start}: one of each, {MOST_EVENTS}"
+                f"stretch of {len(kinds)}, {len(positions)} events from {start}: as many kinds as positions, at most "
+                f"{MOST_EVENTS}"
             )
         if len(kinds) and int(np.max(positions)) >= self.columns.count:
             raise MisuseError(f"position {int(np.max(positions))}: there are {int(self.columns.count)} requests")
