@@ -67,6 +67,10 @@ def test_every_byte_is_right_on_every_machine(options: Options, text: str) -> No
     check(compare(fio(text), options.check()))
 
 
+def test_buffers_of_less_than_a_page_fit_into_a_peers_memory() -> None:
+    check(compare(fio("bs=512,n=2,frag=0"), Options(p2p="bus"), ["page", "two-step"]))
+
+
 def test_the_same_input_options_and_seed_give_the_same_ledger() -> None:
     first, second = (compare(fio(SMALL), Options(mode="lazy", seed=3)) for _ in range(2))
     for one, two in zip(first.results, second.results, strict=True):

@@ -1,9 +1,9 @@
 from dmakit.consts cimport *
 from dmakit.dma.device cimport Device
 from dmakit.iommu.port cimport Port
-from dmakit.lab.descriptors cimport DescriptorReader
 from dmakit.lab.flight cimport Columns, Flight
 from dmakit.memory.physical cimport PhysicalMemory
+from dmakit.nvme.fetch cimport DescriptorReader
 
 cdef unsigned long long count_wrong(
     const unsigned char* expected, const unsigned char* found, unsigned long long size) noexcept nogil

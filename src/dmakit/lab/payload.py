@@ -1,6 +1,6 @@
 """The bytes of a request: the application fills or reads its buffer, the device moves the data by translated DMA.
 
-The device finds its ranges in the descriptors (``DescriptorReader``) and reads or writes there through its own port,
+The device finds its ranges in the descriptors (``nvme.fetch``) and reads or writes there through its own port,
 page by page; so a wrong address, a missing mapping or a stale translation shows in the bytes. Every byte is compared:
 equal memory by one ``memcmp``, bytes that differ are counted one by one.
 
@@ -14,14 +14,16 @@ from typing import Any
 
 import cython
 
+from dmakit.errors import FaultError
 from dmakit.lab.pattern import Pattern
 
 if cython.compiled:
     from cython.cimports.libc.string import memcmp, memcpy
 else:
+    from dmakit.consts import PSDT_PRP
     from dmakit.dma.device import Device
-    from dmakit.lab.descriptors import DescriptorReader
     from dmakit.lab.flight import Columns, Flight
+    from dmakit.nvme.fetch import DescriptorReader
 
 
 def count_wrong(
@@ -50,6 +52,18 @@ def _put(into: memoryview[int], at: cython.ulonglong, payload: bytes) -> cython.
     return 0
 
 
+class Watched:
+    """A device's reads of lists, under the eyes of its checker."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def read(self, iova: int, size: int) -> bytes:
+        """``Device.dma_read``."""
+        payload: bytes = self.device.dma_read(iova, size)
+        return payload
+
+
 @cython.cclass
 class DataPath:
     """Moves and checks the bytes of flights; ``cache``: the CPU's, on a machine whose devices do not snoop."""
@@ -60,7 +74,7 @@ class DataPath:
         self.cache = cache
         self.memory = device.memory
         self.columns = columns
-        self.reader = DescriptorReader(device)
+        self.reader = DescriptorReader(device.port if device.checker is None else Watched(device))
         self.pattern = pattern.bytes
         self.stride = pattern.stride
         self.window = pattern.window
@@ -113,16 +127,24 @@ class DataPath:
         at: cython.ulonglong = 0
         start: cython.ulonglong = self._start(f)
         i: cython.Py_ssize_t
+        addr: cython.ulonglong
+        length: cython.ulonglong
+        status: cython.int
         reader: DescriptorReader = self.reader
         if f.shared and not f.reads:
             self._holds(f, self.before)
-        reader._fetch(f)
-        for i in range(reader.count):
+        status = reader._read(f.psdt, f.low, f.high, f.size, f.reads, False)
+        if status != 0:
+            raise FaultError(f"the device refuses the descriptors of a {f.size}-byte request: status {status:#x}")
+        prp: cython.bint = f.psdt == PSDT_PRP
+        for i in range(reader.prp.count if prp else reader.sgl.count):
+            addr = reader.prp.addr[i] if prp else reader.sgl.addr[i]
+            length = reader.prp.length[i] if prp else reader.sgl.length[i]
             if f.reads:
-                self._deliver(reader.addr[i], start + at, reader.length[i])
+                self._deliver(addr, start + at, length)
             else:
-                self._collect(reader.addr[i], at, reader.length[i])
-            at += reader.length[i]
+                self._collect(addr, at, length)
+            at += length
         if f.reads:
             return 0
         if f.shared:

@@ -29,7 +29,7 @@ from dmakit.nvme.pool import LARGE_BYTES, SMALL_BYTES, DescriptorPool
 from dmakit.p2p.state import P2pState
 from dmakit.p2p.topology import HostBridge, PciTopology, Provider
 from dmakit.platform.soft import Machine
-from dmakit.units import MIB
+from dmakit.units import MIB, PAGE
 
 
 class Source(Protocol):
@@ -108,7 +108,7 @@ class Rig:
         layouts = self.workload.requests.layouts
         low = min(phys for layout in layouts for phys, _ in layout.segments) & ~(2 * MIB - 1)
         high = max(phys + size for layout in layouts for phys, size in layout.segments)
-        bar = self.machine.add_bar(1 << (high - low - 1).bit_length(), "peer memory")
+        bar = self.machine.add_bar(max(PAGE, 1 << (high - low - 1).bit_length()), "peer memory")
         topology = PciTopology(self.machine.memory)
         bridge = HostBridge("host", (0x8086, 0x2030))
         if self.options.p2p == "bus":
