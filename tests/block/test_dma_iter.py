@@ -228,3 +228,12 @@ class TestScatterlist:
         device = BlockDevice()
         SgRequest(Request(Op.READ, SCATTERED, cpu=3), device).unmap(**completing)
         assert device.clean() and device.log[-1] == ("unmap_sg", freed_on)
+
+
+def test_a_walk_needs_a_device_and_a_cpu_that_there_may_be() -> None:
+    request = Request(Op.WRITE, [(0x100000, 4096)], limits=nvme_limits())
+    with pytest.raises(MisuseError, match=r"^start: device=None: must be a device$"):
+        BlkDmaIter().start(request, None)  # type: ignore[arg-type]
+    for cpu in (-1, 1 << 31, 1 << 64):
+        with pytest.raises(MisuseError, match=rf"^start: cpu={cpu}: must be 0 to 65535$"):
+            BlkDmaIter().start(request, BlockDevice(), cpu=cpu)

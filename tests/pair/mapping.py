@@ -87,7 +87,8 @@ class Mapping(Held):
     # Two steps ---------------------------------------------------------------------------------------------------
 
     def try_alloc(self, a: int, b: int, c: int, d: int) -> Any:
-        state = self.device.try_alloc(self.base + a % PAGE if a % 3 == 0 else 0, b, self.cpu(c))
+        size = b if d % 4 == 0 else PAGE * (1 + b % 20)
+        state = self.device.try_alloc(self.base + a % PAGE if a % 3 == 0 else 0, size, self.cpu(c))
         self.states.append(state)
         return state.addr, state.size, bool(state)
 
@@ -101,11 +102,15 @@ class Mapping(Held):
 
     def link(self, a: int, b: int, c: int, d: int) -> Any:
         phys, size = self.piece(b, d) if d % 5 == 4 else (self.base + b % PAGES * PAGE, PAGE * (1 + d % 3))
-        return self._state(a).link(phys, c % 9 * PAGE, size, d % 4, cpu=self.cpu(c))
+        state = self._state(a)
+        place = c % 9 if d % 7 == 6 else c % max(1, state.size // PAGE)
+        return state.link(phys, place * PAGE, size, WAYS[d % 10], cpu=self.cpu(c))
 
     def link_many(self, a: int, b: int, c: int, d: int) -> Any:
         phys, sizes = self.pieces(b, c, 1)
-        return batch.link_many(self._state(a), phys, sizes, d % 4, offset=d % 9 * PAGE, cpu=self.cpu(c))
+        state = self._state(a)
+        place = d % 9 if d % 7 == 6 else d % max(1, state.size // PAGE - len(sizes) + 1)
+        return batch.link_many(state, phys, sizes, WAYS[d % 10], offset=place * PAGE, cpu=self.cpu(c))
 
     def sync(self, a: int, b: int, c: int, d: int) -> Any:
         return self._state(a).sync(b if d % 3 else 0, c if d % 2 else None)

@@ -26,6 +26,7 @@ from dmakit.block.device import MappingDevice, PeerMemory, Window
 from dmakit.block.status import BlkStatus, errno_to_blk_status
 from dmakit.dma.report import cut_error, link_error, map_error
 from dmakit.errors import DmakitError, MisuseError
+from dmakit.ledger import MOST_CPUS
 from dmakit.reasons import Reason
 
 if not cython.compiled:
@@ -123,6 +124,10 @@ class BlkDmaIter:
 
         ``rule``: see ``gap_rule``; ``cpu``: who maps (default: the CPU that submits the request).
         """
+        if device is None:
+            raise MisuseError("start: device=None: must be a device")
+        if cpu is not None and (cpu < 0 or cpu >= MOST_CPUS):
+            raise MisuseError(f"start: cpu={cpu}: must be 0 to {MOST_CPUS - 1}")
         payload: Payload = request.integrity if integrity else request.data
         on: int = request.cpu if cpu is None else cpu
         return bool(self._start(payload, device, request.direction, gap_rule(rule), peer, on))
