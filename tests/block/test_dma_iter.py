@@ -231,7 +231,7 @@ class TestScatterlist:
 
 
 def test_a_walk_needs_a_device_and_a_cpu_that_there_may_be() -> None:
-    request = Request(Op.WRITE, [(0x100000, 4096)], limits=nvme_limits())
+    request = Request(Op.WRITE, [(0x100000, 4096)])
     with pytest.raises(MisuseError, match=r"^start: device=None: must be a device$"):
         BlkDmaIter().start(request, None)  # type: ignore[arg-type]
     for cpu in (-1, 1 << 31, 1 << 64):
