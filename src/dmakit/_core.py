@@ -109,6 +109,7 @@ COMPILED_MODULES = (
     "dmakit.trace.search",
     "dmakit.trace.tally",
     "dmakit.trace.timeline",
+    "dmakit.turn",
 )
 
 PACKAGE = Path(__file__).resolve().parent

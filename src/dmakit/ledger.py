@@ -20,6 +20,7 @@ from dmakit.errors import MisuseError
 
 if not cython.compiled:
     from dmakit.consts import L_LOCK_RBTREE, N_LEDGER
+    from dmakit.turn import Turn
 
 MOST_CPUS = 65536
 
@@ -114,7 +115,10 @@ ROWS: tuple[Row, ...] = tuple(
 
 @cython.cclass
 class Ledger:
-    """The counters of one machine. ``counts``: int64 by ``L_*`` index; ``locks``: int64, 4 a CPU."""
+    """The counters of one machine. ``counts``: int64 by ``L_*`` index; ``locks``: int64, 4 a CPU.
+
+    ``turn``: what keeps the machine's threads apart.
+    """
 
     def __init__(self, cpus: int = 1) -> None:
         if not 0 < cpus <= MOST_CPUS:
@@ -122,11 +126,17 @@ class Ledger:
         self.cpus = cpus
         self.counts = memoryview(array("q", bytes(8 * N_LEDGER)))
         self.locks = memoryview(array("q", bytes(8 * 4 * cpus)))
+        self.turn = Turn()
 
     def _lock(self, row: cython.int, cpu: cython.int) -> cython.void:
         """Count one acquisition of the lock of row L_LOCK_* by ``cpu``."""
         self.counts[row] += 1
         self.locks[cpu * 4 + row - L_LOCK_RBTREE] += 1
+
+    def _alone(self) -> cython.void:
+        """Wait until no other thread is inside a batch of this machine; the GIL is held from then on (``turn``)."""
+        if self.turn.taken:
+            self.turn._wait()
 
     def count(self, row: int, amount: int = 1) -> None:
         """Add to a row, for callers that are not compiled."""

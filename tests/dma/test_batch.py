@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import pytest
 
-from dmakit.dma.batch import link_many, map_many, unmap_many
+from dmakit.dma.batch import (
+    link_many,
+    map_many,
+    sync_many,
+    sync_many_for_cpu,
+    sync_many_for_device,
+    unlink_many,
+    unmap_many,
+)
 from dmakit.dma.direction import Direction
 from dmakit.errors import ExhaustedError, MisuseError
-from tests.dma.world import PAGE, Counted, world
+from tests.dma.world import PAGE, Counted, leaves, needs_unmap_by_the_page, world
 
 pytestmark = pytest.mark.portable
 
-TO = Direction.TO_DEVICE
+TO, BOTH = Direction.TO_DEVICE, Direction.BIDIRECTIONAL
 COUNT = 16
 
 
@@ -110,3 +119,149 @@ def test_a_total_beyond_the_window_or_64_bits_is_refused_with_its_value(sizes: l
         with pytest.raises(MisuseError) as caught:
             link_many(state, array("Q", [page] * len(sizes)), array("Q", sizes), TO)
         assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("bad", [(0, 0), (PAGE, 0), (1 << 63, 1 << 63 | PAGE), (PAGE, (1 << 64) - 1)])
+def test_what_is_no_range_is_refused_before_anything_is_done(bad: tuple[int, int]) -> None:
+    """An empty range given to unmap went to the allocator as a mapping of no pages."""
+    machine, device = world()
+    page = machine.pages.alloc()
+    addr = device.map_phys(page, PAGE, TO)
+    addresses, sizes = array("Q", [addr, bad[0]]), array("Q", [PAGE, bad[1]])
+    text = f"item 1: [{bad[0]}, +{bad[1]}): must be a non-empty range of 64-bit addresses"
+    with Counted(machine) as spent:
+        for name, call in {
+            "unmap_many": lambda: unmap_many(device, addresses, sizes, TO),
+            "sync_many_for_cpu": lambda: sync_many_for_cpu(device, addresses, sizes, TO),
+            "sync_many_for_device": lambda: sync_many_for_device(device, addresses, sizes, TO),
+            "map_many": lambda: map_many(device, addresses, sizes, array("Q", [0, 0]), TO),
+        }.items():
+            with pytest.raises(MisuseError) as caught:
+                call()
+            assert str(caught.value) == f"{name}: {text}"
+    assert spent == dict.fromkeys(spent, 0)
+    assert device.iova_to_phys(addr) == page
+    device.unmap_phys(addr, PAGE, TO)
+
+
+def test_a_batch_without_a_direction_is_refused_as_the_scalar_call_is() -> None:
+    machine, device = world()
+    out = array("Q", [0])
+    with pytest.raises(MisuseError, match="^map_many: Direction.NONE cannot be mapped$"):
+        map_many(device, array("Q", [machine.pages.alloc()]), array("Q", [PAGE]), out, Direction.NONE)
+
+
+def test_what_bounces_is_synced_by_the_batch() -> None:
+    machine, device = world({"swiotlb": "2M"}, trusted=False)
+    pages = [machine.pages.alloc() for _ in range(4)]
+    for page in pages:
+        machine.memory.write(page, b"before" * 4)
+    out, sizes = array("Q", bytes(32)), array("Q", [24] * 4)
+    map_many(device, array("Q", pages), sizes, out, BOTH)
+    for addr in out:
+        device.dma_write(addr, b"device" * 4)
+    sync_many_for_cpu(device, out, sizes, BOTH)
+    assert [machine.memory.read(page, 24) for page in pages] == [b"device" * 4] * 4
+    for page in pages:
+        machine.memory.write(page, b"driver" * 4)
+    sync_many_for_device(device, out, sizes, BOTH)
+    assert [device.dma_read(addr, 24) for addr in out] == [b"driver" * 4] * 4
+    unmap_many(device, out, sizes, BOTH)
+
+
+def test_syncing_what_is_not_mapped_names_the_first_and_syncs_the_others() -> None:
+    machine, device = world({"swiotlb": "2M"}, trusted=False)
+    page = machine.pages.alloc()
+    addr = device.map_phys(page, 24, BOTH)
+    device.dma_write(addr, b"device" * 4)
+    addresses = array("Q", [1 << 30, addr, 2 << 30])
+    for call in (sync_many_for_cpu, sync_many_for_device):
+        with pytest.raises(MisuseError) as caught:
+            call(device, addresses, array("Q", [24] * 3), BOTH)
+        assert str(caught.value) == f"{call.__name__}: item 0: nothing is mapped at {1 << 30:#x}"
+        assert caught.value.rule == "not-mapped"
+        assert machine.memory.read(page, 24) == b"device" * 4
+    device.unmap_phys(addr, 24, BOTH)
+
+
+def test_unlink_many_leaves_the_window_and_what_was_not_named() -> None:
+    machine, device = world({"fragmentation": 1.0})
+    pages = array("Q", [machine.pages.alloc() for _ in range(COUNT)])
+    with device.try_alloc(0, COUNT * PAGE) as state:
+        for i, page in enumerate(pages):
+            state.link(page, i * PAGE, PAGE, TO)
+        sync_many(state, array("Q", [0, 8 * PAGE]), array("Q", [8 * PAGE] * 2))
+        odd = array("Q", range(PAGE, COUNT * PAGE, 2 * PAGE))
+        unlink_many(state, odd, array("Q", [PAGE] * len(odd)), TO)
+        at = [device.iova_to_phys(state.addr + i * PAGE) for i in range(COUNT)]
+        assert at == [0 if i % 2 else page for i, page in enumerate(pages)]
+        assert state.pieces == [(i * PAGE, PAGE, TO, 0) for i in range(0, COUNT, 2)]
+        left = array("Q", range(0, COUNT * PAGE, 2 * PAGE))
+        unlink_many(state, left[::-1], array("Q", [PAGE] * len(left)), TO)
+        assert state.pieces == []
+        assert leaves(device, state.addr, COUNT * PAGE) == []
+        assert state
+    assert machine.live()["iova_ranges"] == 0
+
+
+def test_a_range_that_cuts_a_large_leaf_is_named_and_the_others_are_gone() -> None:
+    machine, device = world()
+    needs_unmap_by_the_page(device)
+    page, huge = machine.pages.alloc(), 2 << 20
+    block = machine.pages.alloc(9)
+    with device.try_alloc(0, 3 * huge) as state:
+        at = -state.addr % huge
+        state.link(block, at, huge, TO)
+        state.link(page, at + huge, PAGE, TO)
+        state.link(page, at + huge + PAGE, PAGE, TO)
+        offsets = array("Q", [at + huge, at + PAGE, at + huge + PAGE])
+        with pytest.raises(MisuseError) as caught:
+            unlink_many(state, offsets, array("Q", [PAGE] * 3), TO)
+        cut = f"[{at + PAGE:#x}, {at + 2 * PAGE:#x})"
+        assert str(caught.value) == (
+            f"unlink_many: item 1: {cut} cuts a large leaf: unlink what was linked as one piece"
+        )
+        assert state.pieces == [(at, huge, TO, 0)]
+        unlink_many(state, array("Q", [at]), array("Q", [huge]), TO)
+    assert machine.live()["iova_ranges"] == 0
+
+
+@pytest.mark.parametrize("call", [unlink_many, sync_many])
+def test_ranges_outside_the_window_are_refused_before_anything_is_done(call: Any) -> None:
+    machine, device = world()
+    page, rest = machine.pages.alloc(), (TO,) if call is unlink_many else ()
+    with device.try_alloc(0, 4 * PAGE) as state:
+        state.link(page, 0, PAGE, TO)
+        name = call.__name__
+        for offset, size, text in (
+            (3 * PAGE, 2 * PAGE, f"[{3 * PAGE:#x}, {5 * PAGE:#x}) is outside the window of {4 * PAGE:#x} bytes"),
+            (PAGE, 0, f"offset={PAGE}, size=0: must be integers, offset >= 0 and size > 0"),
+        ):
+            with pytest.raises(MisuseError) as caught:
+                call(state, array("Q", [0, offset]), array("Q", [PAGE, size]), *rest)
+            assert str(caught.value) == f"{name}: item 1: {text}"
+        assert device.iova_to_phys(state.addr) == page
+    with pytest.raises(MisuseError) as caught:
+        call(state, array("Q", [0]), array("Q", [PAGE]), *rest)
+    assert str(caught.value) == f"{name}: this state has no live window (never allocated, freed or destroyed)"
+
+
+def test_a_windows_batches_run_on_its_own_cpu_unless_told() -> None:
+    """As the scalar calls do; they counted on CPU 0 before."""
+    locks = []
+    for batch in (True, False):
+        machine, device = world({"cpus": 3, "caching_mode": True})
+        page = machine.pages.alloc()
+        state = device.try_alloc(0, PAGE, 2)
+        if batch:
+            link_many(state, array("Q", [page]), array("Q", [PAGE]), TO)
+            sync_many(state, array("Q", [0]), array("Q", [PAGE]))
+            unlink_many(state, array("Q", [0]), array("Q", [PAGE]), TO)
+        else:
+            state.link(page, 0, PAGE, TO)
+            state.sync()
+            state.unlink(0, PAGE, TO)
+        state.free()
+        locks.append([cpu["qi"] for cpu in machine.ledger.lock_counts()])
+    assert locks[0] == locks[1] == [0, 0, locks[1][2]]
+    assert locks[1][2] > 0

@@ -277,6 +277,7 @@ PARTS: dict[str, Callable[[World], Any]] = {
     "Payload": lambda w: Payload([(w.part("phys"), PAGE)], QueueLimits()),
     "FailPoint": lambda w: w.part("machine").fail,
     "VirtualClock": lambda w: w.part("machine").clock,
+    "Turn": lambda w: w.part("machine").ledger.turn,
     "Bitmap": _bitmap,
     "SetCache": lambda w: w.part("IommuUnit").iotlb,
     "Iotlb": lambda w: w.part("IommuUnit").iotlb,
@@ -380,6 +381,7 @@ SEEN: dict[str, Callable[[Any], Any]] = {
     "Swiotlb": lambda s: (s.used, [pool.allocations() for pool in s.pools], s.low, s.high),
     "FailPoint": lambda f: f.countdown,
     "VirtualClock": lambda c: (c.now, c.pending()),
+    "Turn": lambda t: t.taken,
     "Gather": lambda g: (g.start, g.end, g.freelist),
     "Port": lambda p: len(p.peers),
 }

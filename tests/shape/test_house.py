@@ -12,7 +12,7 @@ from dmakit import _core
 SRC = Path(__file__).resolve().parents[2] / "src" / "dmakit"
 FLOORS = (
     ("_core", "_seal"),
-    ("errors", "consts", "clock", "failpoint", "reasons", "ledger", "units"),
+    ("errors", "consts", "clock", "failpoint", "reasons", "ledger", "turn", "units"),
     ("memory",),
     ("iova",),
     ("iommu",),

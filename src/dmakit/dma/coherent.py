@@ -56,21 +56,24 @@ class CoherentMemory:
 
     def sync_for_cpu(self) -> None:
         """Let the CPU read what the device wrote (only noncontiguous memory needs it)."""
-        self.device._sync_ranges(self.buffer.ranges, self.direction, True)
+        with self.device.ledger.turn:
+            self.device._sync_ranges(self.buffer.ranges, self.direction, True)
 
     def sync_for_device(self) -> None:
         """Let the device see what the CPU wrote."""
-        self.device._sync_ranges(self.buffer.ranges, self.direction, False)
+        with self.device.ledger.turn:
+            self.device._sync_ranges(self.buffer.ranges, self.direction, False)
 
     def free(self) -> None:
         """Unmap and give the pages back."""
-        if not self._live:
-            raise MisuseError(f"coherent memory at {self.addr:#x} was freed already", rule="double-free")
-        self._live = False
-        self.device.allocations.discard(self)
-        if self.device.translating:
-            self.device._unmap_ranges(self.addr, self.size, self.cpu)
-        free_blocks(self._blocks)
+        with self.device.ledger.turn:
+            if not self._live:
+                raise MisuseError(f"coherent memory at {self.addr:#x} was freed already", rule="double-free")
+            self._live = False
+            self.device.allocations.discard(self)
+            if self.device.translating:
+                self.device._unmap_ranges(self.addr, self.size, self.cpu)
+            free_blocks(self._blocks)
 
     def __enter__(self) -> CoherentMemory:
         return self

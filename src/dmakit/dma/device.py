@@ -23,7 +23,15 @@ from dmakit.consts import DMA_NONE, ENOMEM, PAGE_SIZE
 from dmakit.dma import coherent as _coherent
 from dmakit.dma import phys_vec as _phys_vec
 from dmakit.dma.defects import defect_bits
-from dmakit.dma.direction import Attrs, checked_attrs, checked_cpu, checked_direction, checked_range, integer
+from dmakit.dma.direction import (
+    Attrs,
+    checked_attrs,
+    checked_cpu,
+    checked_direction,
+    checked_mask,
+    checked_range,
+    integer,
+)
 from dmakit.dma.report import map_error, sg_error
 from dmakit.errors import MisuseError
 from dmakit.iova.arguments import pairs
@@ -42,13 +50,7 @@ U64 = (1 << 64) - 1
 _IOVA_EXHAUSTED = int(Reason.IOVA_EXHAUSTED)
 _RCACHE_RANGE = PAGE_SIZE << 5  # iova_rcache_range(): the largest size that magazines hold
 _DEFAULTS: dict[str, Any] = {
-    "domain": None,
-    "iovad": None,
-    "flush_queue": None,
-    "swiotlb": None,
-    "cache": None,
-    "p2p": None,
-    "gather": None,
+    **dict.fromkeys(("domain", "iovad", "flush_queue", "swiotlb", "cache", "p2p", "gather", "fail", "checker")),
     "mask": U64,
     "coherent_mask": None,
     "bus_dma_limit": 0,
@@ -62,21 +64,12 @@ _DEFAULTS: dict[str, Any] = {
     "forcedac": False,
     "kmalloc_bounce": True,
     "force_bounce": False,
-    "fail": None,
-    "checker": None,
     "unchecked": False,
 }
 
 
 def _serial(state: Any) -> int:
     return int(state.serial)
-
-
-def _checked_mask(name: str, mask: object) -> int:
-    number = integer(mask)
-    if number is None or number <= 0 or number > U64 or number & (number + 1):
-        raise MisuseError(f"{name}={mask!r}: must be 2**n - 1 with n from 1 to 64")
-    return number
 
 
 @cython.cclass
@@ -103,13 +96,13 @@ class Device(Windows):
         if options.get("port") is None:
             raise MisuseError(f"device {name!r}: needs the option 'port'")
         merged = {**_DEFAULTS, **options}
-        _checked_mask("mask", merged["mask"])
+        checked_mask("mask", merged["mask"])
         if merged["coherent_mask"] is None:
             merged["coherent_mask"] = merged["mask"]
-        _checked_mask("coherent_mask", merged["coherent_mask"])
+        checked_mask("coherent_mask", merged["coherent_mask"])
         if merged["boundary"] is None:
             merged["boundary"] = 0xFFFFFFFF if merged["pci"] else U64
-        _checked_mask("boundary", merged["boundary"])
+        checked_mask("boundary", merged["boundary"])
         merged["defects"] = defect_bits(options.get("defects", ()))
         Windows.__init__(self, name, merged)
         self.port = options["port"]
@@ -123,9 +116,9 @@ class Device(Windows):
 
     def set_mask(self, mask: SupportsIndex, coherent_mask: SupportsIndex | None = None) -> None:
         """``dma_set_mask`` (2**n - 1), and ``dma_set_coherent_mask`` when given."""
-        wide = _checked_mask("mask", mask)
+        wide = checked_mask("mask", mask)
         if coherent_mask is not None:
-            self.coherent_mask = _checked_mask("coherent_mask", coherent_mask)
+            self.coherent_mask = checked_mask("coherent_mask", coherent_mask)
         self.mask = wide
 
     def set_max_segment(self, size: SupportsIndex) -> None:
@@ -137,11 +130,11 @@ class Device(Windows):
 
     def set_boundary(self, mask: SupportsIndex) -> None:
         """``dma_set_seg_boundary`` (2**n - 1): no output segment crosses a multiple of mask + 1."""
-        self.boundary = _checked_mask("boundary", mask)
+        self.boundary = checked_mask("boundary", mask)
 
     def set_min_align_mask(self, mask: SupportsIndex) -> None:
         """``dma_set_min_align_mask``: the address bits that a bounce slot must preserve (0 = none)."""
-        self.min_align_mask = 0 if integer(mask) == 0 else _checked_mask("min_align_mask", mask)
+        self.min_align_mask = 0 if integer(mask) == 0 else checked_mask("min_align_mask", mask)
 
     # One piece ---------------------------------------------------------------------------------------------
 
@@ -152,6 +145,7 @@ class Device(Windows):
         on: cython.longlong = exact(cpu)
         if not known(way, how) or way == DMA_NONE or on < 0 or on >= self.ledger.cpus:
             return False
+        self.ledger._alone()
         self.way, self.how, self.on = way, how, on
         return True
 
@@ -176,13 +170,14 @@ class Device(Windows):
         way, how, on = checked_direction(direction), checked_attrs(attrs), checked_cpu(cpu, self.ledger.cpus)
         if way == DMA_NONE:
             raise MisuseError("map_phys: Direction.NONE cannot be mapped")
-        if self.checker is not None:
-            self.checker.mapping(self, start, length, way, how)
-        found = self._map_phys(start, length, way, how, on)
-        if found == 0:
-            raise map_error(self, start, length, how)
-        if self.checker is not None:
-            self.checker.mapped(self, found, start, length, way, how)
+        with self.ledger.turn:
+            if self.checker is not None:
+                self.checker.mapping(self, start, length, way, how)
+            found = self._map_phys(start, length, way, how, on)
+            if found == 0:
+                raise map_error(self, start, length, how)
+            if self.checker is not None:
+                self.checker.mapped(self, found, start, length, way, how)
         return int(found)
 
     def unmap_phys(
@@ -202,10 +197,11 @@ class Device(Windows):
             raise MisuseError(f"unmap_phys: nothing is mapped at {int(place):#x}", rule="not-mapped")
         start, length = checked_range("unmap_phys", addr, size)
         way, how, on = checked_direction(direction), checked_attrs(attrs), checked_cpu(cpu, self.ledger.cpus)
-        if self.checker is not None:
-            self.checker.unmapping(self, start, length, way, how)
-        if self._unmap_phys(start, length, way, how, on) != 0:
-            raise MisuseError(f"unmap_phys: nothing is mapped at {start:#x}", rule="not-mapped")
+        with self.ledger.turn:
+            if self.checker is not None:
+                self.checker.unmapping(self, start, length, way, how)
+            if self._unmap_phys(start, length, way, how, on) != 0:
+                raise MisuseError(f"unmap_phys: nothing is mapped at {start:#x}", rule="not-mapped")
 
     def map_page(
         self,
@@ -274,10 +270,11 @@ class Device(Windows):
     ) -> None:
         start, length = checked_range(call, addr, size)
         way = checked_direction(direction)
-        if self.checker is not None:
-            self.checker.syncing(self, start, length, way, for_cpu)
-        if self._sync_single(start, length, way, for_cpu) != 0:
-            raise MisuseError(f"{call}: nothing is mapped at {start:#x}", rule="not-mapped")
+        with self.ledger.turn:
+            if self.checker is not None:
+                self.checker.syncing(self, start, length, way, for_cpu)
+            if self._sync_single(start, length, way, for_cpu) != 0:
+                raise MisuseError(f"{call}: nothing is mapped at {start:#x}", rule="not-mapped")
 
     # Scatterlists ------------------------------------------------------------------------------------------
 
@@ -304,20 +301,23 @@ class Device(Windows):
         if total >= 1 << 62:
             raise MisuseError(f"map_sg: {total:#x} bytes in all: must be below 2**62")
         sg.entries = len(given)
-        count = self._map_sg(sg, checked_cpu(cpu, self.ledger.cpus))
-        if count <= 0:
-            raise sg_error(self, int(count), sg)
-        if self.checker is not None:
-            self.checker.mapped_sg(self, sg)
+        on = checked_cpu(cpu, self.ledger.cpus)
+        with self.ledger.turn:
+            count = self._sg_run(sg, on, True)
+            if count <= 0:
+                raise sg_error(self, int(count), sg)
+            if self.checker is not None:
+                self.checker.mapped_sg(self, sg)
         return sg
 
     def unmap_sg(self, sg: SgMapping, *, cpu: SupportsIndex = 0) -> None:
         """Undo ``map_sg``."""
-        if not sg.live:
-            raise MisuseError("unmap_sg: this list is not mapped", rule="double-unmap")
-        if self.checker is not None:
-            self.checker.unmapping_sg(self, sg)
-        self._unmap_sg(sg, checked_cpu(cpu, self.ledger.cpus))
+        with self.ledger.turn:
+            if not sg.live:
+                raise MisuseError("unmap_sg: this list is not mapped", rule="double-unmap")
+            if self.checker is not None:
+                self.checker.unmapping_sg(self, sg)
+            self._sg_run(sg, checked_cpu(cpu, self.ledger.cpus), False)
 
     def sync_sg_for_cpu(self, sg: SgMapping) -> None:
         """Let the CPU read what the device wrote to a live list."""
@@ -328,11 +328,12 @@ class Device(Windows):
         self._checked_sync_sg(sg, False)
 
     def _checked_sync_sg(self, sg: SgMapping, for_cpu: bool) -> None:
-        if not sg.live:
-            raise MisuseError("sync_sg: this list is not mapped", rule="not-mapped")
-        if self.checker is not None:
-            self.checker.syncing_sg(self, sg, for_cpu)
-        self._sync_sg(sg, for_cpu)
+        with self.ledger.turn:
+            if not sg.live:
+                raise MisuseError("sync_sg: this list is not mapped", rule="not-mapped")
+            if self.checker is not None:
+                self.checker.syncing_sg(self, sg, for_cpu)
+            self._sync_sg(sg, for_cpu)
 
     # Several ranges -----------------------------------------------------------------------------------------
 
@@ -361,7 +362,8 @@ class Device(Windows):
         """Memory that CPU and device see alike at any time (``dma_alloc_coherent``); released by its ``free``."""
         _, length = checked_range("alloc_coherent", 0, size)
         on = checked_cpu(cpu, self.ledger.cpus)
-        return _coherent.allocate(self, length, self.coherent_mask, -1, checked_attrs(attrs), on)
+        with self.ledger.turn:
+            return _coherent.allocate(self, length, self.coherent_mask, -1, checked_attrs(attrs), on)
 
     def alloc_noncontiguous(
         self, size: SupportsIndex, direction: SupportsIndex, attrs: SupportsIndex = 0, *, cpu: SupportsIndex = 0
@@ -369,7 +371,8 @@ class Device(Windows):
         """Pages that need not be neighbours, one bus-address range (``dma_alloc_noncontiguous``); sync as streaming."""
         _, length = checked_range("alloc_noncontiguous", 0, size)
         way, how, on = checked_direction(direction), checked_attrs(attrs), checked_cpu(cpu, self.ledger.cpus)
-        return _coherent.allocate(self, length, self.coherent_mask, way, how, on)
+        with self.ledger.turn:
+            return _coherent.allocate(self, length, self.coherent_mask, way, how, on)
 
     def _map_ranges(
         self, ranges: list[tuple[int, int]], size: int, direction: int, attrs: int, mask: int, cpu: int
@@ -440,6 +443,7 @@ class Device(Windows):
     def iova_to_phys(self, addr: SupportsIndex) -> int:
         """What the device's address ``addr`` leads to by the tables (0 = nothing); the address itself when direct."""
         place: cython.longlong = exact(addr)
+        self.ledger._alone()
         if place >= 0 and self.translating:
             answer: cython.ulonglong = self.domain._iova_to_phys(place)
             return answer
@@ -449,6 +453,7 @@ class Device(Windows):
     def leaf_across(self, addr: SupportsIndex) -> bool:
         """Whether one page-table leaf begins before bus address ``addr`` and ends after it."""
         start, _ = checked_range("leaf_across", addr, 1)
+        self.ledger._alone()
         return bool(self.translating and self.domain._leaf_across(start))
 
     # The device's own accesses -----------------------------------------------------------------------------

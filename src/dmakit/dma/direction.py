@@ -71,6 +71,14 @@ def checked_attrs(attrs: object) -> int:
     return number
 
 
+def checked_mask(name: str, mask: object) -> int:
+    """``mask`` as an integer 2**n − 1 with n from 1 to 64; MisuseError, with its name, otherwise."""
+    number = integer(mask)
+    if number is None or number <= 0 or number >> 64 or number & (number + 1):
+        raise MisuseError(f"{name}={mask!r}: must be 2**n - 1 with n from 1 to 64")
+    return number
+
+
 def checked_range(call: str, start: object, size: object) -> tuple[int, int]:
     """[start, start+size) as two integers; MisuseError unless it is a non-empty range of 64-bit addresses."""
     first, length = integer(start), integer(size)

@@ -123,7 +123,8 @@ class IovaState(IovaWindow):
         on: cython.longlong = self.cpu if cpu is None else exact(cpu)
         if not self.live or self.core.checker is not None or start < 0 or length < 0 or not known(way, how):
             return False
-        if start + length > self.size_word & SIZE_BITS or not 0 <= on < self.core.ledger.cpus:
+        self.core.ledger._alone()
+        if not self.live or start + length > self.size_word & SIZE_BITS or not 0 <= on < self.core.ledger.cpus:
             return False
         self.start, self.length, self.way, self.how, self.on = start, length, way, how, on
         return True
@@ -152,7 +153,9 @@ class IovaState(IovaWindow):
                 )
             self._note_piece(int(self.start), int(self.length), int(self.way), int(self.how))
             return
-        self._link_checked(phys, offset, size, direction, attrs, cpu)
+        self._check_alive("link")
+        with self.core.ledger.turn:
+            self._link_checked(phys, offset, size, direction, attrs, cpu)
 
     def _link_checked(
         self,
@@ -188,14 +191,16 @@ class IovaState(IovaWindow):
         if size is not None and self._quick(offset, size, 0, 0, cpu) and self.length > 0:
             self._sync(self.start, self.length, self.on)
             return
-        first = integer(offset)
-        rest = self.size - first if size is None and first is not None else size
-        start, length = self._check_range("sync", offset, rest)
-        error = self._sync(start, length, self._on_cpu(cpu))
-        if error != 0:
-            raise link_error(self.core, error, 0, start, length, 0, 0)
-        if self.core.checker is not None:
-            self.core.checker.after_sync(self, start, length)
+        self._check_alive("sync")
+        with self.core.ledger.turn:
+            first = integer(offset)
+            rest = self.size - first if size is None and first is not None else size
+            start, length = self._check_range("sync", offset, rest)
+            error = self._sync(start, length, self._on_cpu(cpu))
+            if error != 0:
+                raise link_error(self.core, error, 0, start, length, 0, 0)
+            if self.core.checker is not None:
+                self.core.checker.after_sync(self, start, length)
 
     def unlink(
         self,
@@ -210,14 +215,16 @@ class IovaState(IovaWindow):
         MisuseError (EINVAL), with nothing changed, when the range cuts a large leaf: unlink what was linked as one;
         UnsupportedError where the domain unmaps only what was mapped as one (``capabilities.unmap_unit``).
         """
-        start, length = self._check_range("unlink", offset, size)
-        way, how, on = checked_direction(direction), checked_attrs(attrs), self._on_cpu(cpu)
-        if self.core.checker is not None:
-            self.core.checker.before_unlink(self, start, length, way, how)
-        self._raise_cut("unlink", self._unlink(start, length, way, how, on), start, length)
-        self._forget(start, length)
-        if self.core.checker is not None:
-            self.core.checker.after_unlink(self, start, length)
+        self._check_alive("unlink")
+        with self.core.ledger.turn:
+            start, length = self._check_range("unlink", offset, size)
+            way, how, on = checked_direction(direction), checked_attrs(attrs), self._on_cpu(cpu)
+            if self.core.checker is not None:
+                self.core.checker.before_unlink(self, start, length, way, how)
+            self._raise_cut("unlink", self._unlink(start, length, way, how, on), start, length)
+            self._forget([(start, length)])
+            if self.core.checker is not None:
+                self.core.checker.after_unlink(self, start, length)
 
     def destroy(
         self,
@@ -231,6 +238,18 @@ class IovaState(IovaWindow):
             self._raise_cut("destroy", self._destroy(self.length, self.way, self.how, self.on), 0, self.length)
             self._close()
             return
+        self._check_alive("destroy")
+        with self.core.ledger.turn:
+            self._destroy_checked(mapped_len, direction, attrs, cpu)
+
+    def _destroy_checked(
+        self,
+        mapped_len: SupportsIndex,
+        direction: SupportsIndex,
+        attrs: SupportsIndex,
+        cpu: SupportsIndex | None,
+    ) -> None:
+        """``destroy`` with every argument looked at, and with the checker."""
         self._check_alive("destroy")
         length = integer(mapped_len)
         if length is None or not 0 <= length <= (1 << 63 if self.core.unchecked else self.size):
@@ -249,20 +268,23 @@ class IovaState(IovaWindow):
     def free(self, *, cpu: SupportsIndex | None = None) -> None:
         """Free a window in which nothing is linked (``dma_iova_free``)."""
         self._check_alive("free")
-        if self.core.checker is not None:
-            self.core.checker.before_free(self)
-        self._free(self._on_cpu(cpu))
-        self._close()
-        if self.core.checker is not None:
-            self.core.checker.after_free(self)
+        with self.core.ledger.turn:
+            self._check_alive("free")
+            on = self._on_cpu(cpu)
+            if self.core.checker is not None:
+                self.core.checker.before_free(self)
+            self._free(on)
+            self._close()
+            if self.core.checker is not None:
+                self.core.checker.after_free(self)
 
     def _raise_cut(self, call: str, error: int, offset: int, size: int) -> None:
         if error != 0:
             raise cut_error(self.core, f"{call}: [{offset:#x}, {offset + size:#x})", -error)
 
-    def _forget(self, offset: int, size: int) -> None:
+    def _forget(self, runs: list[tuple[int, int]]) -> None:
         if self.live:
-            self.more = without(self.pieces or [], offset, size)
+            self.more = without(self.pieces or [], runs)
             self.run = 0
 
     def _note_piece(self, offset: int, size: int, direction: int, attrs: int) -> None:
@@ -287,14 +309,17 @@ class IovaState(IovaWindow):
 
     def undo(self) -> None:
         """Unlink whatever the public ``link`` linked and free the window; harmless on a dead state."""
-        pieces = self.pieces
-        run = one_run(pieces or [])
-        if run is None:
-            for piece in sorted(pieces or []):
-                self.unlink(*piece)
-            self.free()
-        elif pieces is not None:
-            self.destroy(*run[1:])
+        if not self.live:
+            return
+        with self.core.ledger.turn:
+            pieces = self.pieces
+            run = one_run(pieces or [])
+            if run is None:
+                for piece in sorted(pieces or []):
+                    self.unlink(*piece)
+                self.free()
+            elif pieces is not None:
+                self.destroy(*run[1:])
 
     def __enter__(self) -> IovaState:
         return self

@@ -39,14 +39,16 @@ class RangeMapping:
 
     def unmap(self) -> None:
         """Unmap everything; MisuseError when that was done already."""
-        if not self.segments:
-            raise MisuseError("unmap: these ranges are not mapped", rule="double-unmap")
-        if self.state is not None:
-            self.state.destroy(sum(length for _, length in self.segments), self.direction, self.attrs, cpu=self.cpu)
-        else:
-            for addr, length in self.segments:
-                self.device.unmap_phys(addr, length, self.direction, self.attrs, cpu=self.cpu)
-        self.segments = []
+        with self.device.ledger.turn:
+            if not self.segments:
+                raise MisuseError("unmap: these ranges are not mapped", rule="double-unmap")
+            if self.state is not None:
+                whole = sum(length for _, length in self.segments)
+                self.state.destroy(whole, self.direction, self.attrs, cpu=self.cpu)
+            else:
+                for addr, length in self.segments:
+                    self.device.unmap_phys(addr, length, self.direction, self.attrs, cpu=self.cpu)
+            self.segments = []
 
     def __enter__(self) -> RangeMapping:
         return self

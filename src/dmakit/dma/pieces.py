@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from operator import itemgetter
+
 Piece = tuple[int, int, int, int]
 
 
-def without(pieces: list[Piece], offset: int, size: int) -> list[Piece]:
-    """The pieces less the bytes [offset, offset+size)."""
+def without(pieces: list[Piece], runs: list[tuple[int, int]]) -> list[Piece]:
+    """The pieces less the bytes of ``runs``: (offset, size), in any order."""
+    gaps: list[tuple[int, int]] = []
+    for start, size in sorted(runs):
+        end = start + size
+        if gaps and start <= gaps[-1][1]:
+            start, before = gaps.pop()
+            end = max(before, end)
+        gaps.append((start, end))
     kept: list[Piece] = []
     for start, length, direction, attrs in pieces:
-        if start < offset:
-            kept.append((start, min(length, offset - start), direction, attrs))
-        if start + length > offset + size:
-            begin = max(start, offset + size)
-            kept.append((begin, start + length - begin, direction, attrs))
+        end = start + length
+        at = bisect_right(gaps, start, key=itemgetter(1))  # the first gap that ends above start
+        while at < len(gaps) and gaps[at][0] < end:
+            if start < gaps[at][0]:
+                kept.append((start, gaps[at][0] - start, direction, attrs))
+            start = gaps[at][1]
+            at += 1
+        if start < end:
+            kept.append((start, end - start, direction, attrs))
     return kept
 
 

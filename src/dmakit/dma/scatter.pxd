@@ -2,6 +2,7 @@ from dmakit.consts cimport *
 from dmakit.dma.streaming cimport Streaming
 
 cdef int _IOVA_EXHAUSTED
+cdef Py_ssize_t _LONG
 cdef int _P2P_NOT_SUPPORTED
 cdef int _SG_MERGED
 cdef int _SG_NOT_MERGED
@@ -33,6 +34,7 @@ cdef class SgMapping:
 
 cdef class Scatter(Streaming):
     cdef Py_ssize_t _map_sg(self, SgMapping sg, int cpu) except? -1 nogil
+    cdef Py_ssize_t _sg_run(self, SgMapping sg, int cpu, bint mapping) except? -1
     cdef int _unmap_sg(self, SgMapping sg, int cpu) except? -1 nogil
     cdef int _sync_sg(self, SgMapping sg, bint for_cpu) except? -1 nogil
     cdef int _classify(self, SgMapping sg) except -1 nogil

@@ -52,6 +52,7 @@ _SG_BUS_LENGTH_OF_HEAD = defects.SG_BUS_LENGTH_OF_HEAD
 _DIRECT_SG_HOST_BRIDGE = defects.DIRECT_SG_HOST_BRIDGE
 _ALL_ONES = (1 << 64) - 1
 _UINT_MASK = (1 << 32) - 1
+_LONG = 64  # entries; from here up a list is worth letting go of the GIL
 _MOST_ENTRIES = 1 << 24  # of one list; Linux counts them in an int
 
 
@@ -167,6 +168,13 @@ class Scatter(Streaming):
             count = self._map_merged(sg, cpu)
         sg.live = count > 0
         return count
+
+    def _sg_run(self, sg: SgMapping, cpu: cython.int, mapping: cython.bint) -> cython.Py_ssize_t:
+        """``_map_sg`` or ``_unmap_sg``, a long list without the GIL; the caller has the machine's turn."""
+        if sg.entries < _LONG:
+            return self._map_sg(sg, cpu) if mapping else self._unmap_sg(sg, cpu)
+        with cython.nogil:
+            return self._map_sg(sg, cpu) if mapping else self._unmap_sg(sg, cpu)
 
     def _unmap_sg(self, sg: SgMapping, cpu: cython.int) -> cython.int:
         """Undo ``_map_sg``."""

@@ -7,7 +7,7 @@
   of them: two words a request, the kernel's ``struct dma_iova_state``. The contract checker does not see them.
 
 The ledger counts the single calls that each stands for. Arrays are buffers of 64-bit words. Compiled, both run without
-the GIL; no other thread may use the device meanwhile.
+the GIL; other threads' calls of the machine wait meanwhile.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Windows(Scatter):
     def _opened(self, phys: cython.ulonglong, size: cython.ulonglong, cpu: cython.int) -> IovaState:
         """``try_alloc`` with checked arguments."""
         state: IovaState = IovaState.__new__(IovaState) if cython.compiled else IovaState()
+        self.ledger._alone()
         if state._try_alloc(self, phys, size, cpu) != 0:
             state._open(self, cpu)
             state.serial = self.opened
@@ -177,13 +178,16 @@ class Windows(Scatter):
         apart("states", states, phys=phys, sizes=sizes, bounds=bounds)
         if not self._ascending(edges.items, edges.count, places.count):
             raise MisuseError(f"bounds: must ascend from request to request, up to the {places.count} pieces")
-        with cython.nogil:
-            done = self._map_run(places.items, lengths.items, edges.items, edges.count - 1, found.items, way, how, on)
-        if done < edges.count - 1:
-            error = self._window_error(places, lengths, edges.items[done], edges.items[done + 1], way, how)
+        with self.ledger.turn:
             with cython.nogil:
-                self._unmap_run(found.items, done, way, how, on)
-            raise error
+                done = self._map_run(
+                    places.items, lengths.items, edges.items, edges.count - 1, found.items, way, how, on
+                )
+            if done < edges.count - 1:
+                error = self._window_error(places, lengths, edges.items[done], edges.items[done + 1], way, how)
+                with cython.nogil:
+                    self._unmap_run(found.items, done, way, how, on)
+                raise error
 
     def unmap_windows(
         self, states: object, direction: SupportsIndex, attrs: SupportsIndex = 0, cpu: SupportsIndex = 0
@@ -194,7 +198,7 @@ class Windows(Scatter):
         on: cython.int = checked_cpu(cpu, self.ledger.cpus)
         live: Words = taken("states", states, True)
         done: cython.Py_ssize_t
-        with cython.nogil:
+        with self.ledger.turn, cython.nogil:
             done = self._unmap_run(live.items, live.count >> 1, way, how, on)
         if done < live.count >> 1:
             raise MisuseError(f"states[{2 * done}]: the window at {live.items[2 * done]:#x} cuts a large leaf", EINVAL)

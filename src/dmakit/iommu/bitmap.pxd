@@ -1,4 +1,5 @@
 from dmakit.iommu.granularity cimport coarsen, refine
+from dmakit.turn cimport Turn
 
 cdef extern from *:
     """
@@ -38,6 +39,7 @@ cdef class Bitmap:
     cdef readonly unsigned long long bits
     cdef readonly object words
     cdef readonly Py_ssize_t stop
+    cdef readonly Turn turn
     cdef unsigned long long[::1] marks
     cdef Py_ssize_t _set_many(self, const unsigned long long[::1] pages)
     cdef Py_ssize_t _scan_pages(self, unsigned long long[::1] marks, Py_ssize_t start,

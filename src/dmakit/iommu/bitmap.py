@@ -19,7 +19,9 @@ Each pass runs at the speed of memory, without a Python object a word and withou
   in turn, end. They are made while thinning.
 * *Convert*: see ``granularity.py``.
 
-The same object is not to be changed by two threads at a time; different objects may.
+Threads may share a bitmap: each call is one step for the others (a bitmap has a ``turn`` of its own). Who writes to
+``words`` himself, or hands them to ``read_and_clear_dirty`` of two machines at once, is outside of that: an OR of two
+threads into one word loses bits.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ if cython.compiled:
     from cython.cimports.libc.string import memset
 else:
     from dmakit.iommu.granularity import coarsen, refine
+    from dmakit.turn import Turn
 
     total_t = cython.ulonglong
     _LOW_63 = 0x7FFFFFFFFFFFFFFF
@@ -236,16 +239,21 @@ class Bitmap:
         self.marks = marks
         self.words = marks
         self.stop = 0
+        self.turn = Turn()
 
     def set(self, page: SupportsIndex, count: SupportsIndex = 1) -> None:
         """Set ``count`` bits from ``page``."""
         first = within("page", page, 0, self.bits - 1)
-        set_range(self.marks, first, first + within("count", count, 1, self.bits - first) - 1)
+        last = first + within("count", count, 1, self.bits - first) - 1
+        self.turn._wait()
+        set_range(self.marks, first, last)
 
     def reset(self, page: SupportsIndex, count: SupportsIndex = 1) -> None:
         """Clear ``count`` bits from ``page``."""
         first = within("page", page, 0, self.bits - 1)
-        _clear_range(self.marks, first, first + within("count", count, 1, self.bits - first) - 1)
+        last = first + within("count", count, 1, self.bits - first) - 1
+        self.turn._wait()
+        _clear_range(self.marks, first, last)
 
     def test(self, page: SupportsIndex) -> bool:
         """Whether a bit is set."""
@@ -256,7 +264,8 @@ class Bitmap:
         """Set the bits whose numbers are in ``pages`` (64-bit words, not the bitmap); none when one is too large."""
         numbers = as_words("pages", pages)
         apart("bitmap", self.marks, pages=numbers)
-        bad = self._set_many(numbers)
+        with self.turn:
+            bad = self._set_many(numbers)
         if bad >= 0:
             raise MisuseError(f"pages[{bad}]={numbers[bad]}: must be from 0 to {self.bits - 1}")
 
@@ -278,30 +287,30 @@ class Bitmap:
 
     def merge(self, other: Bitmap) -> None:
         """OR the bits of ``other``, a bitmap of the same size, into this one."""
-        self._same(other)
+        first, second = self._in_order(other)
         if other is not self:
             apart("bitmap", self.marks, other=other.marks)
-        with cython.nogil:
+        with first, second, cython.nogil:
             _merge(self.marks, other.marks)
 
     def take(self, other: Bitmap) -> None:
         """``merge`` that clears ``other`` in the same pass."""
-        self._same(other)
+        first, second = self._in_order(other)
         if other is self:
             raise MisuseError("take: a bitmap cannot be taken into itself")
         apart("bitmap", self.marks, other=other.marks)
-        with cython.nogil:
+        with first, second, cython.nogil:
             _take(self.marks, other.marks)
 
     def clear(self) -> None:
         """Clear every bit."""
-        with cython.nogil:
+        with self.turn, cython.nogil:
             _clear(self.marks)
 
     def count(self) -> int:
         """How many bits are set."""
         total: cython.ulonglong = 0
-        with cython.nogil:
+        with self.turn, cython.nogil:
             total = _count(self.marks)
         return int(total)
 
@@ -313,8 +322,9 @@ class Bitmap:
         """
         room = self._room(out)
         first = within("start", start, 0, len(self.words))
-        found = self._scan_pages(self.marks, first, room, zeroed("H", _BLOCK))
-        return int(found), int(self.stop)
+        with self.turn:
+            found = self._scan_pages(self.marks, first, room, zeroed("H", _BLOCK))
+            return int(found), int(self.stop)
 
     def scan_runs(self, out: object, start: SupportsIndex = 0) -> tuple[int, int]:
         """Write runs of set bits into ``out`` as pairs, first and one past the last; ``out``: 66 words at least.
@@ -323,24 +333,28 @@ class Bitmap:
         """
         room = self._room(out, 66)
         first = within("start", start, 0, len(self.words))
-        found = self._scan_runs(self.marks, first, room, zeroed("H", _BLOCK), zeroed("Q", _BLOCK))
-        return int(found) >> 1, int(self.stop)
+        with self.turn:
+            found = self._scan_runs(self.marks, first, room, zeroed("H", _BLOCK), zeroed("Q", _BLOCK))
+            return int(found) >> 1, int(self.stop)
 
     def pages(self) -> memoryview[int]:
         """The numbers of all set bits, ascending."""
-        out = zeroed("Q", self.count() + 64)
-        return out[: self.scan_pages(out)[0]]
+        with self.turn:
+            out = zeroed("Q", self.count() + 64)
+            return out[: self.scan_pages(out)[0]]
 
     def runs(self) -> memoryview[int]:
         """All runs of set bits: first, one past the last, first, …"""
-        out = zeroed("Q", 2 * min(self.count(), len(self.words) * 32) + 66)
-        return out[: 2 * self.scan_runs(out)[0]]
+        with self.turn:
+            out = zeroed("Q", 2 * min(self.count(), len(self.words) * 32) + 66)
+            return out[: 2 * self.scan_runs(out)[0]]
 
     def coarsened(self, shift: SupportsIndex) -> Bitmap:
         """A bitmap of groups of ``1 << shift`` pages: a group is dirty when any page of it is."""
         by = within("shift", shift, 0, _MOST_SHIFT)
         result = Bitmap((self.bits + (1 << by) - 1) >> by)
-        coarsen(self.marks, result.marks, by)
+        with self.turn:
+            coarsen(self.marks, result.marks, by)
         return result
 
     def refined(self, shift: SupportsIndex) -> Bitmap:
@@ -349,14 +363,17 @@ class Bitmap:
         if self.bits << by > _MOST:
             raise MisuseError(f"shift={by}: {self.bits} bits become more than {_MOST}")
         result = Bitmap(self.bits << by)
-        refine(self.marks, result.marks, by)
+        with self.turn:
+            refine(self.marks, result.marks, by)
         return result
 
-    def _same(self, other: Bitmap) -> None:
+    def _in_order(self, other: Bitmap) -> tuple[Turn, Turn]:
+        """The turns of both, checked to be of one size, in an order that is the same for every thread."""
         if not isinstance(other, Bitmap):
             raise MisuseError(f"other={other!r}: must be a Bitmap")
         if other.bits != self.bits:
             raise MisuseError(f"a bitmap of {other.bits} bits cannot join one of {self.bits}")
+        return (self.turn, other.turn) if id(self) < id(other) else (other.turn, self.turn)
 
     def _room(self, out: object, least: int = 64) -> memoryview[int]:
         room = as_words("out", out, writable=True)

@@ -15,7 +15,7 @@ cdef class PageTableDomain(Domain):
                               const unsigned long long[::1] sizes, Py_ssize_t count, int prot, int cpu) noexcept
     cdef unsigned long long _unmap_many(self, const unsigned long long[::1] iovas,
                                         const unsigned long long[::1] sizes, Py_ssize_t count,
-                                        Gather gather) noexcept
+                                        Gather gather, int cpu) noexcept
     cdef Py_ssize_t _iova_to_phys_many(self, const unsigned long long[::1] iovas,
                                        unsigned long long[::1] out, Py_ssize_t count) noexcept
     cdef void _undo_map(self, unsigned long long iova, int cpu) noexcept nogil

@@ -132,15 +132,17 @@ class PageTableDomain(Domain):
         if not len(iova_words) == len(phys_words) == len(size_words):
             lengths = f"{len(iova_words)}, {len(phys_words)}, {len(size_words)}"
             raise MisuseError(f"iovas, phys, sizes have {lengths} items: must have the same number")
-        bits = within("prot", prot, 0, _PROT_TOP)
-        done = self._map_many(iova_words, phys_words, size_words, len(iova_words), bits, self._on_cpu(cpu))
-        if done < len(iova_words):
-            error = -int(self.last_error)
-            row, mapped = (iova_words[done], phys_words[done], size_words[done]), int(self.scratch.mapped)
-            gather = Gather()
-            self._unmap_many(iova_words, size_words, done, gather)
-            self._flush(gather, self._on_cpu(cpu))
-            raise map_error(error, *row, bits, mapped, self.table)
+        bits, on = within("prot", prot, 0, _PROT_TOP), self._on_cpu(cpu)
+        turn = self.ledger.turn
+        turn._take()
+        try:
+            done = self._map_many(iova_words, phys_words, size_words, len(iova_words), bits, on)
+            if done < len(iova_words):
+                error, mapped, gather = -int(self.last_error), int(self.scratch.mapped), Gather()
+                self._unmap_many(iova_words, size_words, done, gather, on)
+                raise map_error(error, iova_words[done], phys_words[done], size_words[done], bits, mapped, self.table)
+        finally:
+            turn._give()
 
     def unmap_many(self, iovas: object, sizes: object, *, cpu: SupportsIndex = 0) -> int:
         """``unmap`` for each row of two uint64 arrays, with one invalidation for all; the bytes removed."""
@@ -149,10 +151,12 @@ class PageTableDomain(Domain):
             raise MisuseError(
                 f"iovas, sizes have {len(iova_words)}, {len(size_words)} items: must have the same number"
             )
-        gather = Gather()
-        removed = self._unmap_many(iova_words, size_words, len(iova_words), gather)
-        self._flush(gather, self._on_cpu(cpu))
-        return int(removed)
+        gather, on, turn = Gather(), self._on_cpu(cpu), self.ledger.turn
+        turn._take()
+        try:
+            return int(self._unmap_many(iova_words, size_words, len(iova_words), gather, on))
+        finally:
+            turn._give()
 
     def iova_to_phys_many(self, iovas: object, out: object) -> int:
         """``out[i]`` = translation of ``iovas[i]``, 0 when there is none (uint64 arrays); how many translate."""
@@ -160,7 +164,12 @@ class PageTableDomain(Domain):
         if len(out_words) < len(iova_words):
             raise MisuseError(f"out has {len(out_words)} items: needs {len(iova_words)}")
         apart("out", out_words, iovas=iova_words)
-        return int(self._iova_to_phys_many(iova_words, out_words, len(iova_words)))
+        turn = self.ledger.turn
+        turn._take()
+        try:
+            return int(self._iova_to_phys_many(iova_words, out_words, len(iova_words)))
+        finally:
+            turn._give()
 
     def map_error(self, error: int, iova: int, phys: int, size: int, prot: int) -> DmakitError:
         """The exception that belongs to a failed map; ``error`` is a positive errno."""
@@ -188,8 +197,10 @@ class PageTableDomain(Domain):
     def detach(self, *, cpu: SupportsIndex = 0) -> None:
         """Give up the domain id and free every table; a second call does nothing."""
         if self.table.root != 0:
-            self.unit.detach(int(self.did), cpu=self._on_cpu(cpu))
-            self.table.destroy()
+            on = self._on_cpu(cpu)
+            with self.ledger.turn:
+                self.unit.detach(int(self.did), cpu=on)
+                self.table.destroy()
 
     # internals ---------------------------------------------------------------------------------------------------
 
@@ -289,15 +300,21 @@ class PageTableDomain(Domain):
         return row
 
     def _unmap_many(
-        self, iovas: memoryview[int], sizes: memoryview[int], count: cython.Py_ssize_t, gather: Gather
+        self,
+        iovas: memoryview[int],
+        sizes: memoryview[int],
+        count: cython.Py_ssize_t,
+        gather: Gather,
+        cpu: cython.int,
     ) -> cython.ulonglong:
-        """Bytes removed from the first ``count`` rows."""
+        """Bytes removed from the first ``count`` rows, with one flush at the end."""
         removed: cython.ulonglong = 0
         row: cython.Py_ssize_t = 0
         with cython.nogil:
             while row < count:
                 removed += self._unmap(iovas[row], sizes[row], gather)
                 row += 1
+            self._flush(gather, cpu)
         return removed
 
     def _iova_to_phys_many(

@@ -61,11 +61,14 @@ class PageTable(TableTree):
         """``_map`` for callers that are not compiled: 0 or -errno; sizes and addresses in bytes."""
         place, size = within("iova", iova, 0, ALL_ONES), within("size", size, 0, ALL_ONES)
         phys, prot = within("phys", phys, 0, ALL_ONES), within("prot", prot, 0, 63)
+        self.ledger._alone()
         return int(self._map(place, phys, size, prot, gather))
 
     def unmap(self, iova: SupportsIndex, size: SupportsIndex, gather: Gather) -> int:
         """``_unmap`` for callers that are not compiled: the bytes removed."""
-        return int(self._unmap(within("iova", iova, 0, ALL_ONES), within("size", size, 0, ALL_ONES), gather))
+        place, size = within("iova", iova, 0, ALL_ONES), within("size", size, 0, ALL_ONES)
+        self.ledger._alone()
+        return int(self._unmap(place, size, gather))
 
     # map -----------------------------------------------------------------------------------------------------------
 

@@ -2,9 +2,11 @@ from dmakit.consts cimport *
 from dmakit.iommu.devtlb cimport DeviceTlb
 from dmakit.iommu.unit cimport IommuUnit
 from dmakit.memory.physical cimport PhysicalMemory
+from dmakit.turn cimport Turn
 
 cdef class Port:
     cdef readonly PhysicalMemory memory
+    cdef readonly Turn turn
     cdef readonly int source
     cdef readonly str name
     cdef readonly bint coherent

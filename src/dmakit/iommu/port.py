@@ -35,6 +35,7 @@ else:
     from dmakit.iommu.devtlb import DeviceTlb
     from dmakit.iommu.unit import IommuUnit
     from dmakit.memory.physical import PhysicalMemory
+    from dmakit.turn import Turn
 
 ALL_ONES = (1 << 64) - 1
 MOST_BYTES = 1 << 47
@@ -68,6 +69,7 @@ class Port:
         if not 0 <= source <= 0xFFFF:
             raise MisuseError(f"source={source:#x}: a requester id has 16 bits")
         self.memory = memory
+        self.turn = Turn()
         self.source = source
         self.name = name or device_name(source)
         self.coherent = coherent
@@ -110,6 +112,7 @@ class Port:
 
     def _load(self, iova: cython.ulonglong, into: cython.pointer[cython.uchar], size: cython.ulonglong) -> cython.int:
         """``read`` into a buffer (interpreted: a memoryview), for callers that checked the addresses."""
+        self.turn._wait()
         if self._take(iova, into, size) != 0:
             raise self._refusal(self.stopped, False)
         return 0
@@ -150,6 +153,7 @@ class Port:
     def locate(self, iova: int, write: bool = False) -> int:
         """The physical address behind one device address, by the same way as an access; FaultError when blocked."""
         self._check(iova, 1)
+        self.turn._wait()
         phys = int(self._locate(iova, write))
         if phys == ALL_ONES:
             raise self._blocked(iova, write)
@@ -158,6 +162,7 @@ class Port:
     @cython.exceptval(1, check=True)
     def _reach(self, iova: cython.ulonglong, length: cython.ulonglong, write: cython.bint) -> cython.ulonglong:
         """Physical address of a piece inside one page, checked to be memory and snooped."""
+        self.turn._wait()
         phys: cython.ulonglong = self._touch(iova, length, write)
         if phys == ALL_ONES:
             raise self._refusal(iova, write)
@@ -254,6 +259,7 @@ class DmaPort(Port):
         if devtlb is not None and (devtlb not in unit.devtlbs or devtlb.did != did):
             raise MisuseError(f"devtlb of requester {devtlb.source:#x}: is not attached to domain {did} of this unit")
         self.unit = unit
+        self.turn = unit.ledger.turn  # an access changes caches and the fault log
         self.did = did
         self.devtlb = devtlb
 

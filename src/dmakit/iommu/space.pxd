@@ -27,7 +27,12 @@ cdef class Domain(FlushTarget):
     cdef unsigned long long _iova_to_phys(self, unsigned long long iova) noexcept nogil
     cdef bint _leaf_across(self, unsigned long long iova) noexcept nogil
     cdef int _on_cpu(self, object cpu) except? -1
+    cdef int _map_undisturbed(self, unsigned long long iova, unsigned long long phys, unsigned long long size,
+                              int prot, int cpu) noexcept
+    cdef unsigned long long _unmap_undisturbed(self, unsigned long long iova, unsigned long long size,
+                                               Gather gather, bint flush, int cpu) noexcept
 
 cdef unsigned long long _word(str name, object value, unsigned long long low, unsigned long long high) except? 1
 cdef unsigned long long _TOP
 cdef int _PROT_TOP
+cdef unsigned long long _LONG

@@ -40,6 +40,7 @@ else:
 
 _TOP = (1 << 64) - 1
 _PROT_TOP = 63  # all PROT_* bits
+_LONG = 16 << 20  # bytes; from here up 4096 entries may have to be written: some microseconds
 
 
 @cython.exceptval(1, check=True)
@@ -115,38 +116,46 @@ class Domain(FlushTarget):
         target: cython.ulonglong = _word("phys", phys, 0, _TOP)
         length: cython.ulonglong = _word("size", size, 0, _TOP)
         bits: cython.int = _word("prot", prot, 0, _PROT_TOP)
-        error: cython.int = self._map(start, target, length, bits, self._on_cpu(cpu))
+        error: cython.int = self._map_undisturbed(start, target, length, bits, self._on_cpu(cpu))
         if error != 0:
             raise self.map_error(-error, int(start), int(target), int(length), int(bits))
 
     def sync_map(self, iova: SupportsIndex, size: SupportsIndex, cpu: SupportsIndex = 0) -> None:
         """Tell the unit about new translations of the range (it acts only in caching mode)."""
-        self._sync_map(_word("iova", iova, 0, _TOP), _word("size", size, 1, _TOP), self._on_cpu(cpu))
+        start: cython.ulonglong = _word("iova", iova, 0, _TOP)
+        length: cython.ulonglong = _word("size", size, 1, _TOP)
+        on: cython.int = self._on_cpu(cpu)
+        self.ledger._alone()
+        self._sync_map(start, length, on)
 
     def unmap(self, iova: SupportsIndex, size: SupportsIndex, cpu: SupportsIndex = 0) -> int:
         """Unmap up to the first hole and invalidate at once; the bytes removed (more than asked if a leaf was cut)."""
         start: cython.ulonglong = _word("iova", iova, 0, _TOP)
         length: cython.ulonglong = _word("size", size, 0, _TOP)
-        on: cython.int = self._on_cpu(cpu)
-        unmapped: cython.ulonglong = self._unmap(start, length, self.pending)
-        self._flush(self.pending, on)
-        return unmapped
+        return self._unmap_undisturbed(start, length, self.pending, True, self._on_cpu(cpu))
 
     def unmap_gather(self, iova: SupportsIndex, size: SupportsIndex, gather: Gather) -> int:
         """``unmap`` without the invalidation: it stays in ``gather`` for ``flush``. The bytes removed."""
-        return self._unmap(_word("iova", iova, 0, _TOP), _word("size", size, 0, _TOP), gather)
+        start: cython.ulonglong = _word("iova", iova, 0, _TOP)
+        return self._unmap_undisturbed(start, _word("size", size, 0, _TOP), gather, False, 0)
 
     def flush(self, gather: Gather, cpu: SupportsIndex = 0) -> None:
         """Invalidate what ``gather`` holds, free its table pages, and empty it; nothing when it is queued."""
-        self._flush(gather, self._on_cpu(cpu))
+        on: cython.int = self._on_cpu(cpu)
+        self.ledger._alone()
+        self._flush(gather, on)
 
     def flush_all(self, cpu: SupportsIndex = 0) -> None:
         """Invalidate the whole domain."""
-        self._flush_all(CAUSE_OTHER, self._on_cpu(cpu))
+        on: cython.int = self._on_cpu(cpu)
+        self.ledger._alone()
+        self._flush_all(CAUSE_OTHER, on)
 
     def iova_to_phys(self, iova: SupportsIndex) -> int:
         """The physical address that ``iova`` translates to, 0 when nothing is mapped there."""
-        return self._iova_to_phys(_word("iova", iova, 0, _TOP))
+        place: cython.ulonglong = _word("iova", iova, 0, _TOP)
+        self.ledger._alone()
+        return self._iova_to_phys(place)
 
     def set_dirty_tracking(self, on: bool, *, cpu: SupportsIndex = 0) -> None:
         """Switch dirty tracking; UnsupportedError where ``capabilities.dirty`` is false.
@@ -154,8 +163,10 @@ class Domain(FlushTarget):
         Switching on starts with every page clean, where it is hardware that tracks.
         """
         self._need_dirty()
-        self._set_dirty(on, self._on_cpu(cpu))
-        self.dirty_tracking = on
+        processor = self._on_cpu(cpu)
+        with self.ledger.turn:
+            self._set_dirty(on, processor)
+            self.dirty_tracking = on
 
     def read_and_clear_dirty(
         self,
@@ -175,7 +186,9 @@ class Domain(FlushTarget):
         """
         self._need_dirty()
         start, length, marks, unit, bits = _checked_scan(iova, size, bitmap, page_size, flags, int(self.aperture_end))
-        found: int = self._read_dirty(start, length, marks, unit, bits, self._on_cpu(cpu))
+        processor = self._on_cpu(cpu)
+        with self.ledger.turn:
+            found: int = self._read_dirty(start, length, marks, unit, bits, processor)
         return found
 
     # for an implementation ---------------------------------------------------------------------------------------
@@ -205,6 +218,46 @@ class Domain(FlushTarget):
     def detach(self, *, cpu: SupportsIndex = 0) -> None:
         """Give up the domain; a second call does nothing."""
         return
+
+    # for the public calls: alone in the machine, without the GIL when it may take long ---------------------------
+
+    def _map_undisturbed(
+        self,
+        iova: cython.ulonglong,
+        phys: cython.ulonglong,
+        size: cython.ulonglong,
+        prot: cython.int,
+        cpu: cython.int,
+    ) -> cython.int:
+        """``_map``."""
+        error: cython.int
+        if size < _LONG:
+            self.ledger._alone()
+            return self._map(iova, phys, size, prot, cpu)
+        self.ledger.turn._take()
+        with cython.nogil:
+            error = self._map(iova, phys, size, prot, cpu)
+        self.ledger.turn._give()
+        return error
+
+    def _unmap_undisturbed(
+        self, iova: cython.ulonglong, size: cython.ulonglong, gather: Gather, flush: cython.bint, cpu: cython.int
+    ) -> cython.ulonglong:
+        """``_unmap`` and, when told, ``_flush``."""
+        removed: cython.ulonglong
+        if size < _LONG:
+            self.ledger._alone()
+            removed = self._unmap(iova, size, gather)
+            if flush:
+                self._flush(gather, cpu)
+            return removed
+        self.ledger.turn._take()
+        with cython.nogil:
+            removed = self._unmap(iova, size, gather)
+            if flush:
+                self._flush(gather, cpu)
+        self.ledger.turn._give()
+        return removed
 
     # internals ---------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ class TablePages:
         when something in the chain is no allocated page."""
         first = at = within("head", head, 0, (1 << 64) - 1)
         seen: set[int] = set()
+        self.ledger._alone()
         while at:
             if at in seen or not self.pages.holds(at):
                 raise MisuseError(f"head={first:#x}: the chain from there is not one of allocated pages")

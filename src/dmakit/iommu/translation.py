@@ -100,6 +100,7 @@ class Translator:
     def translate(self, did: int, iova: int, write: bool = False, *, source: int = 0) -> int:
         """Physical address of one untranslated request of ``source``; FaultError (logged) when it is blocked."""
         _check_address(iova)
+        self.ledger._alone()
         phys = self._translate(did, iova, write, source)
         if phys == ALL_ONES:
             raise fault_error(source, iova, write, self.last_reason)
@@ -118,7 +119,12 @@ class Translator:
         if out_view.readonly:
             raise MisuseError("out: must be writable")
         apart("out", out_view, iovas=source_view)
-        return int(self._translate_many(did, source_view, out_view, write, source))
+        turn = self.ledger.turn
+        turn._take()
+        try:
+            return int(self._translate_many(did, source_view, out_view, write, source))
+        finally:
+            turn._give()
 
     @property
     def faults(self) -> list[FaultRecord]:

@@ -84,18 +84,22 @@ class TableTree:
         if self.root == 0:
             return
         gather = Gather()
+        self.ledger._alone()
         self._defer_tree(self.root, self.levels, gather)
         self.tables._free_list(gather.freelist)
         self.root = 0
 
     def iova_to_phys(self, iova: SupportsIndex) -> int:
         """The physical address that ``iova`` translates to, or 0."""
-        return int(self._iova_to_phys(within("iova", iova, 0, ALL_ONES)))
+        place = within("iova", iova, 0, ALL_ONES)
+        self.ledger._alone()
+        return int(self._iova_to_phys(place))
 
     def leaves(self, iova: int = 0, size: int | None = None) -> list[Leaf]:
         """The leaves that hold a byte of [iova, iova + size), ascending (the whole aperture when ``size`` is None)."""
         last = int(self.aperture_last) if size is None else min(iova + size - 1, int(self.aperture_last))
         found: list[Leaf] = []
+        self.ledger._alone()
         if self.root != 0 and iova <= last:
             self._collect(self.root, self.levels, 0, iova, last, found)
         return found

@@ -122,6 +122,7 @@ class IommuUnit(Translator):
 
     def attach(self, fmt: PtFormat, root: int, levels: int) -> int:
         """Give the table of ``levels`` levels at physical address ``root`` the lowest free domain id."""
+        self.ledger._alone()
         for did in range(self.first_domain_id, self.walker.domains):
             if self.walker.contexts[did * CTX_WORDS + CTX_LEVELS] == 0:
                 self.walker.set_context(did, fmt, root, levels, bool(self.caching_mode))
@@ -147,6 +148,7 @@ class IommuUnit(Translator):
     def attach_devtlb(self, devtlb: DeviceTlb, did: int) -> None:
         """Enable ATS for a device of the domain: flushes of the domain then reach its TLB."""
         self._check_did(did)
+        self.ledger._alone()
         if any(other.source == devtlb.source for other in self.devtlbs):
             raise MisuseError(f"source={devtlb.source:#x}: this requester's TLB is attached already")
         devtlb.did = did
@@ -167,7 +169,9 @@ class IommuUnit(Translator):
         """Point a domain at another table page (a table that grew a level) and invalidate the domain."""
         did, cpu = self._check_did(did), self._check_cpu(cpu)
         self.walker.check_root(root)
-        self._set_root(did, root, within("levels", levels, 1, 5))
+        levels = within("levels", levels, 1, 5)
+        self.ledger._alone()
+        self._set_root(did, root, levels)
         self._flush_all(did, CAUSE_OTHER, cpu)
 
     def _set_root(self, did: cython.int, root: cython.ulonglong, levels: cython.int) -> cython.void:
@@ -295,7 +299,9 @@ class IommuUnit(Translator):
         return within("cause", cause, 0, N_CAUSES - 1), self._check_cpu(cpu)
 
     def _check_cpu(self, cpu: SupportsIndex) -> int:
-        return within("cpu", cpu, 0, self.ledger.cpus - 1)
+        number = within("cpu", cpu, 0, self.ledger.cpus - 1)
+        self.ledger._alone()
+        return number
 
     # Descriptors -----------------------------------------------------------------------------------------------
 

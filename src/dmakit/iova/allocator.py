@@ -109,6 +109,7 @@ class IovaAllocator:
         """One run of the delayed work of a depot; true when it gave a magazine back (and armed itself again)."""
         order = within("order", order, 0, IOVA_RANGE_CACHE_MAX_SIZE - 1)
         self._disarm(order)
+        self.ledger._alone()
         cpu = self._work_cpu[order]
         magazine = self.rcaches._depot_excess(order, self.online_cpus, cpu)
         if not magazine:

@@ -53,6 +53,7 @@ class IovaDomain(IovaAllocator):
     # Public calls: validate, call the internal, raise ------------------------------------------------------------
 
     @cython.locals(on=cython.int, wanted=cython.ulonglong, limit=cython.ulonglong, pfn=cython.ulonglong)
+    @cython.locals(flush=cython.bint)
     def alloc_fast(
         self, size: SupportsIndex, limit_pfn: SupportsIndex, flush_rcache: object = True, cpu: SupportsIndex = 0
     ) -> int:
@@ -63,7 +64,9 @@ class IovaDomain(IovaAllocator):
         """
         on = self._cpu(cpu)
         wanted, limit = self._pfn("size", size, 1), self._pfn("limit_pfn", limit_pfn, 0)
-        pfn = self._alloc_fast(on, wanted, limit, True if flush_rcache is True else bool(flush_rcache))
+        flush = True if flush_rcache is True else bool(flush_rcache)
+        self.ledger._alone()
+        pfn = self._alloc_fast(on, wanted, limit, flush)
         if pfn == 0:
             raise ExhaustedError(f"no free range of {wanted} granules at or below pfn {limit:#x}")
         return pfn
@@ -73,6 +76,7 @@ class IovaDomain(IovaAllocator):
         """``alloc_fast`` without magazines and without rounding: one search of the tree (``alloc_iova``)."""
         on = self._cpu(cpu)
         wanted, limit = self._pfn("size", size, 1), self._pfn("limit_pfn", limit_pfn, 0)
+        self.ledger._alone()
         pfn = self._alloc(on, wanted, limit)
         self.ledger.counts[L_IOVA_TREE if pfn else L_IOVA_FAILED] += 1
         if pfn == 0:
@@ -99,6 +103,7 @@ class IovaDomain(IovaAllocator):
         lo, hi = within("lo", lo, 0, self.highest_pfn), within("hi", hi, 0, self.highest_pfn)
         if lo > hi:
             raise MisuseError(f"lo={lo}: must not be above hi={hi}")
+        self.ledger._alone()
         if self._reserve(lo, hi) < 0:
             raise ExhaustedError(f"no memory for the reservation of pfns [{lo:#x}, {hi:#x}]")
 
@@ -114,7 +119,7 @@ class IovaDomain(IovaAllocator):
         """``alloc_fast`` for each of ``sizes`` into ``pfns`` (64-bit words; 0 = failed); returns the successes.
 
         ``pfns`` must not overlap ``sizes``.
-        Compiled, it runs without the GIL; no other thread may use the domain meanwhile.
+        Compiled, it runs without the GIL; other threads' calls of the machine wait meanwhile.
         """
         on, limit, flush = self._cpu(cpu), self._pfn("limit_pfn", limit_pfn, 0), bool(flush_rcache)
         done = self._alloc_words(on, sizes, limit, flush, pfns) if cython.compiled else -1
@@ -139,13 +144,16 @@ class IovaDomain(IovaAllocator):
 
     def flush_rcaches(self, *, cpu: SupportsIndex = 0) -> None:
         """Give every cached range back to the tree, as an allocation does that found nothing."""
-        self._flush_rcaches(self._on_cpu(cpu))
+        on = self._on_cpu(cpu)
+        self.ledger._alone()
+        self._flush_rcaches(on)
 
     def set_online(self, cpu: SupportsIndex, online: object) -> None:
         """Take a CPU off line (its magazines go back to the tree) or on line again."""
         cpu = within("cpu", cpu, 0, self.cpus - 1)
         if bool(self._online[cpu]) == bool(online):
             return
+        self.ledger._alone()
         if not online and self.online_cpus == 1:
             raise MisuseError(f"cpu={cpu}: is the last CPU on line")
         self._online[cpu] = bool(online)
@@ -182,6 +190,7 @@ class IovaDomain(IovaAllocator):
         ranges stood in the way and were dropped first.
         """
         pfn, size = within("pfn", pfn, 1, self.highest_pfn), within("size", size, 1, self.highest_pfn)
+        self.ledger._alone()
         if self.rcaches._discard(pfn) and self.search.tree.find(pfn) is not None:
             return "cached"
         dropped = self.search._adopt(pfn, pfn + size - 1)
@@ -250,6 +259,7 @@ class IovaDomain(IovaAllocator):
     def _allocated(self, pfn: SupportsIndex) -> cython.ulonglong:
         """``pfn`` checked to lie in a range that is allocated."""
         at: cython.ulonglong = self._pfn("pfn", pfn, 1)
+        self.ledger._alone()
         if self.search.tree._find(at) == IOVA_NIL:
             raise MisuseError(f"pfn={at:#x}: no range is allocated there")
         return at
@@ -275,12 +285,15 @@ class IovaDomain(IovaAllocator):
             if borrow(cython.address(found), pfns, True):
                 unusual = wanted.n != found.n or meet(wanted.at, wanted.n, found.at, found.n)
                 if not unusual and self._all_sizes(wanted.at, wanted.n):
+                    self.ledger.turn._take()
                     with cython.nogil:
                         done = self._alloc_many(cpu, wanted.at, wanted.n, limit_pfn, flush, found.at)
+                    self.ledger.turn._give()
                 give_back(cython.address(found))
             give_back(cython.address(wanted))
             return done
-        return self._alloc_many(cpu, sizes, len(sizes), limit_pfn, flush, pfns)
+        with self.ledger.turn:
+            return self._alloc_many(cpu, sizes, len(sizes), limit_pfn, flush, pfns)
 
     def _free_words(self, cpu: cython.int, pfns: Any, sizes: Any) -> cython.bint:
         """A batch over two buffers. Compiled, false when something about the buffers is unusual."""
@@ -293,12 +306,15 @@ class IovaDomain(IovaAllocator):
             if borrow(cython.address(spans), sizes, False):
                 if ranges.n == spans.n and self._all_sizes(spans.at, spans.n):
                     done = True
+                    self.ledger.turn._take()
                     with cython.nogil:
                         self._free_many(cpu, ranges.at, spans.at, ranges.n)
+                    self.ledger.turn._give()
                 give_back(cython.address(spans))
             give_back(cython.address(ranges))
             return done
-        self._free_many(cpu, pfns, sizes, len(sizes))
+        with self.ledger.turn:
+            self._free_many(cpu, pfns, sizes, len(sizes))
         return True
 
     def _all_sizes(self, sizes: cython.p_ulonglong, n: cython.Py_ssize_t) -> cython.bint:

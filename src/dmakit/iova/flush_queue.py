@@ -148,30 +148,36 @@ class FlushQueue:
         head: cython.ulonglong = 0
         tables: cython.longlong = exact(freelist_head)
         head = tables if tables >= 0 else within("freelist_head", freelist_head, 0, _ALL_ONES)
+        self.ledger._alone()
         self._queue(on, first, count, head)
 
     def timeout(self, *, cpu: SupportsIndex | None = None) -> None:
         """What the timer does: flush the domain, then free every entry on ``cpu`` (default: the CPU that armed it)."""
-        if self.clock is not None and self._timer is not None:
-            self.clock.cancel(self._timer)
-        self._timer = None
-        self.timer_on = False
-        if self._recording:
-            self._events.append(("fqto_in",))
-        self._sweep(CAUSE_FQ_TIMER, self.timer_cpu if cpu is None else within("cpu", cpu, 0, self.cpus - 1))
+        on = self.timer_cpu if cpu is None else within("cpu", cpu, 0, self.cpus - 1)
+        with self.ledger.turn:
+            if self.clock is not None and self._timer is not None:
+                self.clock.cancel(self._timer)
+            self._timer = None
+            self.timer_on = False
+            if self._recording:
+                self._events.append(("fqto_in",))
+            self._sweep(CAUSE_FQ_TIMER, on)
 
     def flush(self, *, cpu: SupportsIndex = 0) -> None:
         """Flush the domain and free every entry now; the timer, if armed, stays armed."""
-        self._sweep(CAUSE_OTHER, within("cpu", cpu, 0, self.cpus - 1))
+        on = within("cpu", cpu, 0, self.cpus - 1)
+        self.ledger._alone()
+        self._sweep(CAUSE_OTHER, on)
 
     def close(self) -> None:
         """Take the timer off the clock, then flush: nothing waits afterwards."""
-        if self.clock is not None and self._timer is not None:
-            self.clock.cancel(self._timer)
-        self._timer = None
-        self.timer_on = False
-        if any(self.entries(cpu) for cpu in range(self.rings)):
-            self.flush()
+        with self.ledger.turn:
+            if self.clock is not None and self._timer is not None:
+                self.clock.cancel(self._timer)
+            self._timer = None
+            self.timer_on = False
+            if any(self.entries(cpu) for cpu in range(self.rings)):
+                self.flush()
 
     def entries(self, cpu: SupportsIndex) -> int:
         """Entries that wait in the ring of ``cpu`` (in the one ring of a single queue)."""

@@ -1,7 +1,7 @@
 """One IOVA domain for several threads, each of which plays a CPU: the locked form of ``domain.IovaDomain``.
 
-A plain domain has no locks: under the GIL its scalar calls exclude each other, a batch runs without the GIL and must be
-alone. This form locks, and needs no GIL for that: any number of threads may call it, also with the same ``cpu``.
+A plain domain has no locks: its calls take turns, one at a time in a machine (``turn``). This form locks, and needs no
+GIL for that: any number of threads may call it, also with the same ``cpu``, and CPUs run side by side.
 
 Locks: one for each CPU's magazines, one (the last) for everything shared: depots, tree, magazine memory, ledger. As
 long as a batch is served by the loaded magazine it holds only its CPU's lock, for one run; CPUs do not meet there.

@@ -12,6 +12,7 @@ GIL where the port is one of ours (``iommu.port``); another kind of port, anythi
 from __future__ import annotations
 
 from array import array
+from contextlib import nullcontext
 from typing import Protocol
 
 import cython
@@ -224,9 +225,10 @@ class DescriptorReader:
                 raise MisuseError(f"{name}: has {len(there)} words, at least {needed} are needed")
         apart("bounds", edges, forms=kinds, pointers=places, sizes=totals, statuses=found)
         apart("statuses", found, forms=kinds, pointers=places, sizes=totals)
-        self.fault = None
-        self._clear(count)
-        self._run(kinds, places, totals, edges, found, count, to_host)
-        addrs, lengths, used = memoryview(self.addrs), memoryview(self.lengths), self.used
-        self._clear(0)
+        with self.own.turn if self.own is not None else nullcontext():
+            self.fault = None
+            self._clear(count)
+            self._run(kinds, places, totals, edges, found, count, to_host)
+            addrs, lengths, used = memoryview(self.addrs), memoryview(self.lengths), self.used
+            self._clear(0)
         return addrs[:used], lengths[:used]

@@ -185,13 +185,14 @@ class ListWriter:
             raise MisuseError(f"chains: has {len(lists)} words, at least {count} are needed")
         apart("pointers", found, addrs=places, lengths=sizes, bounds=edges, chains=lists)
         apart("chains", lists, addrs=places, lengths=sizes, bounds=edges)
-        before = self._kept()
-        done = int(self._build_run(places, sizes, edges, found, lists, count))
-        if done < count:
-            error = self._lacking() if self.failed == -ENOMEM else self._refused(done)
-            self._drop_run(lists, done)
-            self._restore(before)
-            raise error
+        with self.small.ledger.turn:
+            before = self._kept()
+            done = int(self._build_run(places, sizes, edges, found, lists, count))
+            if done < count:
+                error = self._lacking() if self.failed == -ENOMEM else self._refused(done)
+                self._drop_run(lists, done)
+                self._restore(before)
+                raise error
 
     def drop(self, chain: int) -> None:
         """Give the list blocks of one request back; MisuseError for a chain that is not out."""
@@ -204,7 +205,8 @@ class ListWriter:
         MisuseError names the first item that is no list that is out; the others are given back.
         """
         lists = words("chains", chains, writable=True)
-        wrong = int(self._drop_run(lists, len(lists)))
+        with self.small.ledger.turn:
+            wrong = int(self._drop_run(lists, len(lists)))
         if wrong < len(lists):
             raise MisuseError(f"drop_batch: item {wrong}: no list blocks that are out")
 

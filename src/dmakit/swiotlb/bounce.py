@@ -381,6 +381,7 @@ class Swiotlb:
         self.memory.region_at(phys, size)
         if not 0 <= cpu < MOST_CPUS or not 0 <= limit <= NO_LIMIT:
             raise MisuseError(f"cpu={cpu}, limit={limit:#x}: must be 0 to {MOST_CPUS - 1}, and 0 to 2**64 - 1")
+        self.ledger._alone()
         tlb: int = self._map(phys, size, alloc_align_mask, min_align_mask, boundary, limit, attrs, cpu)
         if not tlb:
             raise ExhaustedError(
@@ -427,6 +428,7 @@ class Swiotlb:
     def _check_live(self, tlb: int, size: int, direction: int) -> None:
         if direction not in (DMA_BIDIRECTIONAL, DMA_TO_DEVICE, DMA_FROM_DEVICE):
             raise MisuseError(f"direction={direction}: must be BIDIRECTIONAL, TO_DEVICE or FROM_DEVICE")
+        self.ledger._alone()
         pool = self._pool_of(tlb) if 0 <= tlb <= NO_LIMIT else None
         room = 0 if pool is None else pool.room(tlb)
         if not 0 < size <= room:
