@@ -49,22 +49,15 @@ if TYPE_CHECKING:
 U64 = (1 << 64) - 1
 _IOVA_EXHAUSTED = int(Reason.IOVA_EXHAUSTED)
 _RCACHE_RANGE = PAGE_SIZE << 5  # iova_rcache_range(): the largest size that magazines hold
+_ABSENT = ("domain", "iovad", "flush_queue", "swiotlb", "cache", "p2p", "gather", "fail", "checker")
 _DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(("domain", "iovad", "flush_queue", "swiotlb", "cache", "p2p", "gather", "fail", "checker")),
+    **dict.fromkeys((*_ABSENT, "coherent_mask", "boundary")),
+    **dict.fromkeys(("coherent", "trusted", "pci", "kmalloc_bounce"), True),
+    **dict.fromkeys(("identity", "forcedac", "force_bounce", "unchecked"), False),
     "mask": U64,
-    "coherent_mask": None,
     "bus_dma_limit": 0,
-    "coherent": True,
-    "trusted": True,
-    "identity": False,
     "min_align_mask": 0,
     "max_segment": 64 << 10,
-    "boundary": None,
-    "pci": True,
-    "forcedac": False,
-    "kmalloc_bounce": True,
-    "force_bounce": False,
-    "unchecked": False,
 }
 
 
