@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from dmakit.dma import batch
 from dmakit.errors import DmakitError, MisuseError
 from dmakit.iommu.bitmap import Bitmap
+from tests.hostile.variants import Late
 from tests.hostile.world import PAGE, World
 
 Arrays = dict[str, memoryview]
@@ -91,6 +92,18 @@ BATCHES = {
         lambda w: {"phys": _pages(w, 4, 6), "sizes": [PAGE, PAGE]},
         (),
         lambda w, a: batch.link_many(w.part("IovaState"), a["phys"], a["sizes"], 0, offset=2 * PAGE),
+    ),
+    "dma.batch.sync_many": Batch(
+        "IovaState",
+        lambda w: {"offsets": [0, PAGE], "sizes": [PAGE, PAGE]},
+        (),
+        lambda w, a: batch.sync_many(w.part("IovaState"), a["offsets"], a["sizes"]),
+    ),
+    "dma.batch.unlink_many": Batch(
+        "IovaState",
+        lambda w: {"offsets": [0, PAGE], "sizes": [PAGE, PAGE]},
+        (),
+        lambda w, a: batch.unlink_many(w.part("IovaState"), a["offsets"], a["sizes"], 0),
     ),
     "Device.map_window": Batch(
         "Device", _three, (), lambda w, a: w.part("Device").map_window(a["phys"], a["sizes"], 0).size_word
@@ -250,3 +263,21 @@ def test_a_bitmap_merged_with_itself_stays_as_it_is() -> None:
     bitmap = Bitmap(256, array("Q", [6, 5, 0, 70]))
     bitmap.merge(bitmap)
     assert bitmap.words.tolist() == [6, 5, 0, 70]
+
+
+@pytest.mark.parametrize("call", [batch.sync_many, batch.unlink_many, batch.link_many])
+def test_numbers_are_asked_for_their_values_before_ranges_are_checked(call: Any) -> None:
+    world = World()
+    state, mapped = world.part("IovaState"), world.part("mapped")
+    first, sizes = array("Q", [2 * PAGE, 3 * PAGE]), array("Q", [PAGE, PAGE])
+    before = world.state()
+
+    def leave() -> None:  # the window, for the neighbour's
+        first[1], sizes[1] = mapped - state.addr & (1 << 64) - 1, 1 << 40
+
+    with pytest.raises(MisuseError, match="outside the window|wraps"):
+        if call is batch.link_many:
+            batch.link_many(state, first, sizes, 0, offset=Late(0, leave))  # type: ignore[arg-type]
+        else:
+            call(state, first, sizes, *((0,) if call is batch.unlink_many else ()), cpu=Late(0, leave))
+    assert world.state() == before

@@ -74,6 +74,16 @@ class Mapping(Held):
         held = self.pick(self.batches, a)
         return None if held is None else batch.unmap_many(self.device, *held, cpu=self.cpu(b))
 
+    def sync_singles(self, a: int, b: int, c: int, d: int) -> Any:
+        """Ranges of a batch, or some that may not be mapped."""
+        if not self.batches:
+            return None
+        out, sizes, direction = self.batches[a % len(self.batches)]
+        if b % 9 == 8:
+            out = array("Q", [place + c for place in out])
+        call = batch.sync_many_for_cpu if d % 2 else batch.sync_many_for_device
+        return call(self.device, out, sizes, direction)
+
     def map_ranges(self, a: int, b: int, c: int, d: int) -> Any:
         ranges = [self.piece((a + i * b) // PAGE * PAGE, PAGE * (1 + (c + i) % 3)) for i in range(d % 5)]
         made = self.device.map_ranges(ranges, c % 3)
@@ -117,6 +127,21 @@ class Mapping(Held):
 
     def unlink(self, a: int, b: int, c: int, d: int) -> Any:
         return self._state(a).unlink(b % 6 * PAGE, c if c % 3 else PAGE, d % 4, cpu=self.cpu(d))
+
+    def _spans(self, a: int, b: int, c: int) -> tuple[array[int], array[int]]:
+        """Ranges of a window: pages in a row, with holes, twice, and one outside now and then."""
+        offsets = [(b + i * (c % 3)) % 12 * PAGE for i in range(a % 7)]
+        if offsets and c % 11 == 10:
+            offsets[-1] = b
+        return array("Q", offsets), array("Q", [PAGE * (1 + (b + i) % 2) for i in range(len(offsets))])
+
+    def sync_many(self, a: int, b: int, c: int, d: int) -> Any:
+        offsets, sizes = self._spans(a, b, c)
+        return batch.sync_many(self._state(d), offsets, sizes, cpu=self.cpu(c) if c % 2 else None)
+
+    def unlink_many(self, a: int, b: int, c: int, d: int) -> Any:
+        offsets, sizes = self._spans(a, b, c)
+        return batch.unlink_many(self._state(d), offsets, sizes, c % 4, cpu=self.cpu(c) if c % 2 else None)
 
     def destroy(self, a: int, b: int, c: int, d: int) -> Any:
         state = self._state(a)

@@ -221,8 +221,8 @@ def link_many(
 
 def sync_many(state: IovaState, offsets: object, sizes: object, *, cpu: SupportsIndex | None = None) -> None:
     """``state.sync`` for each range of the window; where the domain refuses one, the error for the first at the end."""
-    starts, lengths = _inside("sync_many", state, offsets, sizes)
     on = state._on_cpu(cpu)
+    starts, lengths = _inside("sync_many", state, offsets, sizes)
     with state.core.ledger.turn:
         state._check_alive("sync_many")
         failed = _each(state, starts, lengths, True, 0, 0, on)
@@ -245,9 +245,9 @@ def unlink_many(
     A range that would cut what goes only as a whole stays linked: the error of ``unlink``, naming the first such item,
     when the others are gone.
     """
-    way, how = checked_direction(direction), checked_attrs(attrs)
+    way, how, on = checked_direction(direction), checked_attrs(attrs), state._on_cpu(cpu)
     starts, lengths = _inside("unlink_many", state, offsets, sizes)
-    on, first = state._on_cpu(cpu), 0
+    first = 0
     gone: list[tuple[int, int]] = []
     with state.core.ledger.turn:
         state._check_alive("unlink_many")
