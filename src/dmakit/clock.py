@@ -13,6 +13,8 @@ from typing import SupportsIndex
 
 import cython
 
+from dmakit.errors import MisuseError
+
 Timer = list[object]
 MS = 1_000_000
 END = (1 << 63) - 1
@@ -39,6 +41,8 @@ class VirtualClock:
 
     def cancel(self, handle: Timer) -> None:
         """Disarm a timer; harmless when it has fired."""
+        if not isinstance(handle, list) or len(handle) != 1:
+            raise MisuseError(f"cancel: a {type(handle).__name__} is no timer: must be what call_later gave")
         handle[:] = [None]
 
     def pending(self) -> int:

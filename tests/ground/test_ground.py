@@ -97,3 +97,11 @@ def test_the_base_error_is_not_raised_and_errnos_have_names() -> None:
     with pytest.raises(TypeError):
         DmakitError("no")
     assert MisuseError("x", 98).errno_name == "EADDRINUSE"
+
+
+def test_only_a_timer_is_cancelled() -> None:
+    clock, mine = VirtualClock(), [1, 2]
+    for handle, kind in ((mine, "list"), ([], "list"), (None, "NoneType"), (memoryview(b"x"), "memoryview")):
+        with pytest.raises(MisuseError, match=rf"^cancel: a {kind} is no timer: must be what call_later gave$"):
+            clock.cancel(handle)  # type: ignore[arg-type]
+    assert mine == [1, 2]
