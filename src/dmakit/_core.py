@@ -94,6 +94,7 @@ COMPILED_MODULES = (
     "dmakit.nvme.pool",
     "dmakit.nvme.prp",
     "dmakit.nvme.ring",
+    "dmakit.nvme.rows",
     "dmakit.nvme.sgl",
     "dmakit.p2p.state",
     "dmakit.platform.linux.domain",

@@ -153,6 +153,19 @@ BATCHES = {
         ("bounds", "statuses"),
         lambda w, a: [view.tolist() for view in w.part("DescriptorReader").read_batch(*a.values(), to_host=True)],
     ),
+    "RowMapper.map_many": Batch(
+        "RowMapper",
+        lambda w: {
+            "directions": [1, 2],
+            "cpus": [0, 0],
+            "phys": _pages(w, 4, 6, 9),
+            "lengths": [PAGE] * 3,
+            "bounds": [0, 1, 3],
+            "rows": [7] * 32,
+        },
+        ("rows",),
+        lambda w, a: w.part("RowMapper").map_many(*a.values()),
+    ),
     "Ring.submit": Batch(
         "Ring",
         lambda w: {"lbas": [0, 8], "counts": [8, 8], "low": [PAGE, PAGE], "high": [0, 0], "tags": [1, 2]},

@@ -35,6 +35,7 @@ from dmakit.nvme.mapping import RequestMapper
 from dmakit.nvme.pool import LARGE_BYTES, SMALL_BYTES, DescriptorPool, PlainSource
 from dmakit.nvme.prp import PrpWalker, PrpWriter
 from dmakit.nvme.ring import Ring
+from dmakit.nvme.rows import RowMapper
 from dmakit.nvme.sgl import SglWalker, SglWriter
 from dmakit.p2p.state import P2pState
 from dmakit.p2p.topology import HostBridge, PciTopology, Platform
@@ -328,6 +329,7 @@ PARTS: dict[str, Callable[[World], Any]] = {
     "PlainPage": lambda w: PlainSource().page(),
     "PlainSource": lambda w: PlainSource(),
     "DescriptorReader": lambda w: DescriptorReader(w.part("Device").port),
+    "RowMapper": lambda w: RowMapper(w.part("RequestMapper")),
     "ListWriter": lambda w: ListWriter(w.part("small"), w.part("large")),
     "PrpWriter": _prp,
     "PrpWalker": _prp_walker,

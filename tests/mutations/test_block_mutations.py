@@ -60,8 +60,8 @@ MUTATIONS = (
     Mutation(
         "gap-does-not-force-sgl",
         "src/dmakit/nvme/mapping.py",
-        "(request.data.gap_bit != 0 and request.data.gap_bit <= 12)",
-        "(request.data.gap_bit != 0 and request.data.gap_bit <= 8)",
+        "(payload.gap_bit != 0 and payload.gap_bit <= 12)",
+        "(payload.gap_bit != 0 and payload.gap_bit <= 8)",
         MAPPING,
     ),
     Mutation(

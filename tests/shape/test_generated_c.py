@@ -124,8 +124,11 @@ HOT = {
         "_unmap_data",
         "_unmap_listed",
         "_unmap_one",
+        "_destroy_window",
+        "_choice",
     },
     "nvme.ring": {"_slot", "_next", "_look", "_drop", "_put", "_submit", "_reap", "_ring_mapped", "_tell_mapped"},
+    "nvme.rows": {"_map_one", "_store", "_load", "_keep", "_known", "_recall", "_wrong"},
     "nvme.fetch": {"_read", "_read_prps", "_read_sgl", "_fetch", "_add"},
     "nvme.lists": {"_first", "_further", "_at", "_drop"},
     "nvme.pool": {"_alloc", "_free", "_free_chain", "_held"},
@@ -154,6 +157,7 @@ BATCHES = {  # the functions in which a batch call lets go of the GIL
     "iova.shared": {"_alloc_words", "_free_words"},
     "nvme.fetch": {"_run"},
     "nvme.lists": {"_build_run", "_drop_run"},
+    "nvme.rows": {"_map_run", "_unmap_run"},
     "trace.scanner": {"scan"},
 }
 ROOMS = ("dmakit.iova", "dmakit.iommu", "dmakit.swiotlb", "dmakit.dma")

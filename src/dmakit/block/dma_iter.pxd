@@ -3,7 +3,7 @@ from dmakit.block.segments cimport SegmentIter
 from dmakit.consts cimport *
 from dmakit.dma.device cimport Device
 from dmakit.dma.iova_state cimport IovaState
-from dmakit.dma.window cimport SIZE_BITS
+from dmakit.dma.window cimport IovaWindow, SIZE_BITS
 
 cdef int _RESOURCE
 cdef int _INVAL
@@ -32,7 +32,11 @@ cdef class BlkDmaIter:
     cdef readonly object device
     cdef readonly object error
     cdef Device own
-    cdef IovaState window
+    cdef IovaWindow window
+    cdef IovaWindow spare
+    cdef IovaState opened
+    cdef bint plain
+    cdef readonly bint windowed
     cdef object peer
     cdef readonly SegmentIter walk
     cdef readonly int direction
@@ -45,7 +49,11 @@ cdef class BlkDmaIter:
     cdef bint _next(self) except -1 nogil
     cdef unsigned long long _merge_boundary(self) except? 1 nogil
     cdef unsigned long long _boundary_by_python(self) except? 1 with gil
-    cdef bint _open(self, unsigned long long size) except -1 with gil
+    cdef bint _open(self, unsigned long long size) except -1 nogil
+    cdef bint _open_state(self, unsigned long long size) except -1 with gil
+    cdef bint _without(self, bint translating, bint identity) noexcept nogil
+    cdef int _without_objects(self) except -1
+    cdef void _aim(self, Py_ssize_t first, Py_ssize_t end, int cpu) noexcept nogil
     cdef bint _start_window(self, unsigned long long size) except -1 nogil
     cdef bint _link_window(self) except -1 nogil
     cdef bint _link_refused(self, int failed, unsigned long long mapped) except -1 with gil

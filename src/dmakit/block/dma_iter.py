@@ -42,7 +42,7 @@ if not cython.compiled:
     )
     from dmakit.dma.device import Device
     from dmakit.dma.iova_state import IovaState
-    from dmakit.dma.window import SIZE_BITS
+    from dmakit.dma.window import SIZE_BITS, IovaWindow
 
 GAP_RULE = "gap"
 VIRT_BOUNDARY_RULE = "virt-boundary"
@@ -95,9 +95,13 @@ class BlkDmaIter:
         self.walk = SegmentIter()
         self.state: Window | None = None
         self.window: Any = None
+        self.opened: Any = None
+        self.spare = IovaWindow()
+        self.plain = False
+        self.windowed = False
         self.peer: PeerMemory | None = None
         self.device: MappingDevice | None = None
-        self.own: Device | None = None
+        self.own: Any = None
         self.error: DmakitError | None = None
         self.status = 0
         self.reason = 0
@@ -153,15 +157,31 @@ class BlkDmaIter:
         self.cpu = cpu
         self.state = None
         self.window = None
+        self.opened = None
+        self.plain = False
         self.error = None
         payload._iterate(self.walk)
         return 0
+
+    def _without_objects(self) -> cython.int:
+        """After ``_prepare`` for a device of ours: windows are words, ``spare``'s, which the caller keeps."""
+        assert self.own is not None
+        self.plain = True
+        self.spare.core = self.own
+        self.window = self.spare
+        return 0
+
+    def _aim(self, first: cython.Py_ssize_t, end: cython.Py_ssize_t, cpu: cython.int) -> cython.void:
+        """After ``_without_objects``: go on with another part of the same columns, for ``cpu``."""
+        self.walk._aim(first, end)
+        self.cpu = cpu
 
     def _begin(self, payload: Payload, direction: cython.int, by_gap: cython.bint) -> cython.bint:
         """The rest of a start, behind ``_prepare``."""
         self.status = 0
         self.reason = 0
         self.map_type = P2P_MAP_NONE
+        self.windowed = False
         self.mapped = 0
         self.attrs = 0
         self.bus_offset = 0
@@ -182,7 +202,7 @@ class BlkDmaIter:
         return bool(self._next())
 
     def _next(self) -> cython.bint:
-        if self.state is not None or not self.walk._next():
+        if self.windowed or not self.walk._next():
             return False
         return self._one()
 
@@ -198,23 +218,35 @@ class BlkDmaIter:
         return device.merge_boundary
 
     def _open(self, size: cython.ulonglong) -> cython.bint:
-        """A window for the whole payload in ``state``; False, with the reason, when the device gives none."""
+        """A window for the whole payload; False, with the reason, when the device gives none."""
+        if self.plain:
+            self.windowed = self.spare._open_window(self.walk.paddr, size, self.cpu) != 0
+            return self.windowed or self._without(self.own.translating, self.own.identity)
+        self.windowed = self._open_state(size)
+        return self.windowed
+
+    def _open_state(self, size: cython.ulonglong) -> cython.bint:
+        """``_open`` with an object in ``state``."""
         device = self.device
         assert device is not None
         if self.own is not None:
             window: IovaState = self.own._opened(self.walk.paddr, size, self.cpu)
             if window.live:
-                self.state = self.window = window
+                self.state = self.window = self.opened = window
                 return True
         else:
             state = device.try_alloc(self.walk.paddr, size, cpu=self.cpu)
             if state:
                 self.state = state
                 return True
-        if device.translating:
+        return self._without(device.translating, device.identity)
+
+    def _without(self, translating: cython.bint, identity: cython.bint) -> cython.bint:
+        """Say why there is no window; False."""
+        if translating:
             self._because(_IOVA_EXHAUSTED)
         else:
-            self._because(_IDENTITY_DOMAIN if device.identity else _NO_IOMMU)
+            self._because(_IDENTITY_DOMAIN if identity else _NO_IOMMU)
         return False
 
     def _because(self, reason: cython.int) -> cython.void:
@@ -260,7 +292,8 @@ class BlkDmaIter:
             if not self.walk._next():
                 break
         self.window._sync(0, mapped, self.cpu)
-        self.window._note_run(mapped, self.direction, self.attrs)
+        if self.opened is not None:
+            self.opened._note_run(mapped, self.direction, self.attrs)
         self.mapped = mapped
         return True
 
@@ -293,9 +326,12 @@ class BlkDmaIter:
     def _lost(self, mapped: cython.ulonglong, error: DmakitError) -> cython.bint:
         """Destroy the window with the ``mapped`` bytes that were linked; False."""
         state: Window | None = self.state
-        assert state is not None
-        state.destroy(mapped, self.direction, self.attrs)
-        self.state = self.window = None
+        if self.plain:
+            self.spare._destroy(mapped, self.direction, self.attrs, self.cpu)
+        elif state is not None:
+            state.destroy(mapped, self.direction, self.attrs)
+            self.state = self.window = self.opened = None
+        self.windowed = False
         return self._refused(error, errno_to_blk_status(error.errno))
 
     def _refused(self, error: DmakitError, status: cython.int) -> cython.bint:

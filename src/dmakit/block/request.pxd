@@ -4,6 +4,7 @@ from dmakit.consts cimport *
 cdef class Payload:
     cdef readonly unsigned long long[::1] phys
     cdef readonly unsigned long long[::1] length
+    cdef readonly Py_ssize_t first
     cdef readonly Py_ssize_t count
     cdef readonly unsigned long long size
     cdef readonly int gap_bit
@@ -11,6 +12,8 @@ cdef class Payload:
     cdef readonly unsigned long long max_size
     cdef readonly unsigned long long boundary
     cdef readonly unsigned long long virt_boundary
+    cdef int _over(self, unsigned long long[::1] phys, unsigned long long[::1] length) except -1
+    cdef void _select(self, Py_ssize_t first, Py_ssize_t end) noexcept nogil
     cdef void _measure(self) noexcept nogil
     cdef bint _may_coalesce(self, unsigned long long merge_boundary, bint gap_rule) noexcept nogil
     cdef void _iterate(self, SegmentIter walk) noexcept

@@ -66,6 +66,7 @@ class Payload:
                 raise MisuseError(
                     f"segment (phys={phys:#x}, length={length}): phys must lie in [0, 2^63), length in [1, 2^32]"
                 )
+        self.first = 0
         self.count = len(given)
         self.phys = memoryview(array("Q", [phys for phys, _ in given] or [0]))
         self.length = memoryview(array("Q", [length for _, length in given] or [0]))
@@ -76,6 +77,19 @@ class Payload:
         if gap_bit >= 0:
             self.gap_bit = gap_bit
 
+    def _over(self, phys: memoryview[int], length: memoryview[int]) -> cython.int:
+        """Look at bvecs in columns of somebody else's, of which ``_select`` says the part."""
+        self.phys = phys
+        self.length = length
+        self._select(0, 0)
+        return 0
+
+    def _select(self, first: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.void:
+        """Be the bvecs ``first`` to ``end`` − 1."""
+        self.first = first
+        self.count = end - first
+        self._measure()
+
     def _measure(self) -> cython.void:
         """Size, physical segments and gap bit, in one pass over the bvecs."""
         at: cython.Py_ssize_t
@@ -85,10 +99,10 @@ class Payload:
         phys: cython.ulonglong
         self.size = 0
         self.segments = 0
-        for at in range(self.count):
+        for at in range(self.first, self.first + self.count):
             phys = self.phys[at]
             left = self.length[at]
-            if at > 0:
+            if at > self.first:
                 gaps |= gap_between(self.phys[at - 1], self.length[at - 1], phys)
             self.size += left
             while left > 0:

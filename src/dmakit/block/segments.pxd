@@ -24,4 +24,5 @@ cdef class SegmentIter:
     cdef readonly long long visited
     cdef void _begin(self, unsigned long long[::1] phys, unsigned long long[::1] length, Py_ssize_t count,
                      unsigned long long max_size, unsigned long long boundary) noexcept
+    cdef void _aim(self, Py_ssize_t first, Py_ssize_t end) noexcept nogil
     cdef bint _next(self) noexcept nogil

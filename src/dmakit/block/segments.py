@@ -107,6 +107,12 @@ class SegmentIter:
         self.max_size = max_size
         self.boundary = boundary
 
+    def _aim(self, first: cython.Py_ssize_t, end: cython.Py_ssize_t) -> cython.void:
+        """Start over with the bvecs ``first`` to ``end`` − 1 of the same arrays."""
+        self.index = first
+        self.count = end
+        self.done = 0
+
     def _next(self) -> cython.bint:
         """Step to the next segment; False at the end."""
         paddr: cython.ulonglong

@@ -16,6 +16,8 @@ cdef class Iod:
     cdef public unsigned long long mptr
     cdef public unsigned long long total
     cdef public object state
+    cdef unsigned long long window_addr
+    cdef unsigned long long window_size
     cdef readonly int map_type
     cdef public unsigned long long chain
     cdef unsigned long long[::1] kept
@@ -30,7 +32,8 @@ cdef class Iod:
     cdef public int reason
     cdef public object error
     cdef int _reset(self, Request request, int cpu) except -1
+    cdef void _clear(self, int direction, int cpu) noexcept nogil
     cdef Py_ssize_t room
     cdef int _keep(self, unsigned long long addr, unsigned long long length) except -1 nogil
     cdef int _widen(self) except -1 with gil
-    cdef long long _bookkeeping(self) noexcept
+    cdef long long _bookkeeping(self) noexcept nogil

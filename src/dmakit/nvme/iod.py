@@ -48,8 +48,17 @@ class Iod:
     def _reset(self, request: Request, cpu: cython.int) -> cython.int:
         """Start over with another request, of which nothing is mapped."""
         self.request = request
+        self.state: Any = None
+        self.meta_state: Any = None
+        self.meta_block: Any = None
+        self.error: object = None
+        self._clear(request.direction, cpu)
+        return 0
+
+    def _clear(self, direction: cython.int, cpu: cython.int) -> cython.void:
+        """The numbers of an Iod of which nothing is mapped."""
         self.cpu = cpu
-        self.direction = request.direction
+        self.direction = direction
         self.status = 0
         self.flags = 0
         self.psdt = 0
@@ -57,20 +66,17 @@ class Iod:
         self.high = 0
         self.mptr = 0
         self.total = 0
-        self.state: Any = None
+        self.window_addr = 0
+        self.window_size = 0
         self.map_type = P2P_MAP_NONE
         self.chain = 0
         self.kept_count = 0
         self.entries = 0
-        self.meta_state: Any = None
         self.meta_map_type = P2P_MAP_NONE
         self.meta_total = 0
-        self.meta_block: Any = None
         self.meta_entries = 0
         self.path = PATH_NO_DATA
         self.reason = 0
-        self.error: object = None
-        return 0
 
     def _keep(self, addr: cython.ulonglong, length: cython.ulonglong) -> cython.int:
         """Note a range that must be unmapped by itself."""
@@ -88,7 +94,7 @@ class Iod:
         return 0
 
     def _bookkeeping(self) -> cython.longlong:
-        windows: cython.int = (self.state is not None) + (self.meta_state is not None)
+        windows: cython.int = (self.state is not None) + (self.meta_state is not None) + (self.window_size != 0)
         return _WINDOW_BYTES * windows + _VECTOR_BYTES * self.kept_count
 
     @property

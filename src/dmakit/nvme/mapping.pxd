@@ -2,6 +2,7 @@ from dmakit.block.dma_iter cimport BlkDmaIter, typed_device, undo
 from dmakit.block.request cimport Payload, Request
 from dmakit.consts cimport *
 from dmakit.dma.device cimport Device
+from dmakit.dma.window cimport SIZE_BITS
 from dmakit.ledger cimport Ledger
 from dmakit.nvme.iod cimport Iod
 from dmakit.nvme.pool cimport DescriptorPool
@@ -35,6 +36,7 @@ cdef class RequestMapper:
     cdef int _map_into(self, Iod iod, Request request, int cpu, bint admin) except -1
     cdef int _unmap(self, Iod iod, int cpu) except -1
     cdef int _use_sgls(self, Request request, bint admin) except -1
+    cdef int _choice(self, Payload payload, bint forced, bint admin) noexcept nogil
     cdef int _map_payload(self, Iod iod, Payload payload, int choice) except -1
     cdef int _map_data(self, Iod iod, Payload payload, int choice) except? -1 nogil
     cdef int _map_simple(self, Iod iod, Payload payload, int choice) except? -2 nogil
@@ -51,6 +53,8 @@ cdef class RequestMapper:
     cdef int _fail(self, Iod iod, object error, int reason) except -1
     cdef int _unmap_payload(self, Iod iod, int cpu) except -1
     cdef int _unmap_data(self, Iod iod, int cpu) except -1 nogil
+    cdef int _destroy_window(self, Iod iod, int attrs, int cpu) except -1 nogil
+    cdef int _cut(self, Iod iod, int failed) except -1 with gil
     cdef bint _undo(self, Iod iod, int cpu) except -1 with gil
     cdef int _unmap_listed(self, Iod iod, int attrs, int cpu) except -1 nogil
     cdef int _no_list(self, Iod iod) except -1 with gil

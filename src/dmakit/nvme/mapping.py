@@ -24,7 +24,7 @@ from dmakit.block.device import MappingDevice, PeerMemory
 from dmakit.block.dma_iter import GAP_RULE, gap_rule
 from dmakit.block.limits import NVME_MAX_SEGS
 from dmakit.block.status import BlkStatus
-from dmakit.dma.report import map_error
+from dmakit.dma.report import cut_error, map_error
 from dmakit.errors import DmakitError, ExhaustedError, MisuseError
 from dmakit.ledger import MOST_CPUS
 from dmakit.nvme import metadata
@@ -60,6 +60,7 @@ if not cython.compiled:
         SGL_UNSUPPORTED,
     )
     from dmakit.dma.device import Device
+    from dmakit.dma.window import SIZE_BITS
     from dmakit.ledger import Ledger
     from dmakit.nvme.iod import Iod
     from dmakit.nvme.pool import DescriptorPool
@@ -166,13 +167,14 @@ class RequestMapper:
     # Data ---------------------------------------------------------------------------------------------------
 
     def _use_sgls(self, request: Request, admin: cython.bint) -> cython.int:
+        forced: cython.bint = request.user_command or request.integrity.segments > 1
+        return self._choice(request.data, forced, admin)
+
+    def _choice(self, payload: Payload, forced: cython.bint, admin: cython.bint) -> cython.int:
+        """``use_sgls``; ``forced``: by more than the data's gaps."""
         if admin or not self.sgl_supported:
             return SGL_UNSUPPORTED
-        if (
-            (request.data.gap_bit != 0 and request.data.gap_bit <= 12)
-            or request.user_command
-            or request.integrity.segments > 1
-        ):
+        if (payload.gap_bit != 0 and payload.gap_bit <= 12) or forced:
             return SGL_FORCED
         return SGL_SUPPORTED
 
@@ -196,9 +198,12 @@ class RequestMapper:
         if not self.walk._begin(payload, iod.direction, self.by_gap):
             return self._not_started(iod)
         iod.map_type = self.walk.map_type
-        if self.walk.state is not None:
+        if self.walk.windowed:
             iod.path = PATH_TWO_STEP
             ranges = 1
+            if self.walk.plain:
+                iod.window_addr = self.walk.spare.addr
+                iod.window_size = self.walk.spare.size_word
         else:
             iod.path = PATH_BUS if self.walk.map_type == P2P_MAP_BUS_ADDR else PATH_PER_SEGMENT
         iod.reason = self.walk.reason
@@ -215,8 +220,8 @@ class RequestMapper:
 
     def _map_simple(self, iod: Iod, payload: Payload, choice: cython.int) -> cython.int:
         """One segment without the iterator; returns the status, or -1 when it must go the general way."""
-        phys: cython.ulonglong = payload.phys[0]
-        length: cython.ulonglong = payload.length[0]
+        phys: cython.ulonglong = payload.phys[payload.first]
+        length: cython.ulonglong = payload.length[payload.first]
         offset: cython.ulonglong = phys & PAGE_MASK_LOW
         addr: cython.ulonglong
         two_prps: cython.bint = offset + length <= 2 * PAGE_SIZE
@@ -266,7 +271,7 @@ class RequestMapper:
 
     def _save(self, iod: Iod) -> cython.int:
         """Keep a range that must be unmapped by itself and that PRPs cannot give back; -ENOMEM without memory."""
-        if self.walk.state is not None or iod.map_type == P2P_MAP_BUS_ADDR:
+        if self.walk.windowed or iod.map_type == P2P_MAP_BUS_ADDR:
             return 0
         if not (self._asked_to_unmap() if self.own is None else self.own._need_unmap()):
             return 0
@@ -275,7 +280,7 @@ class RequestMapper:
 
     def _write_sgl(self, iod: Iod, payload: Payload) -> cython.int:
         """Feed every range to the SGL writer, mapping as it goes."""
-        failed: cython.int = self.sgl._begin(payload.segments, self.walk.state is not None)
+        failed: cython.int = self.sgl._begin(payload.segments, self.walk.windowed)
         iod.psdt = PSDT_SGL_METABUF
         if failed != 0:
             iod.total = self.walk.len
@@ -336,7 +341,7 @@ class RequestMapper:
 
     def _give_up(self, iod: Iod, failed: cython.int, unkept: cython.bint) -> cython.int:
         """Descriptors could not be written (``failed``), or the iterator could not go on: undo everything."""
-        error: object = self.walk.error
+        error: object = self.walk.error if self.walk.status != 0 else None
         reason: cython.int = 0 if error is not None else _MALFORMED
         iod.state = self.walk.state
         iod.status = self.walk.status
@@ -381,7 +386,9 @@ class RequestMapper:
         if iod.flags & IOD_SINGLE_SEGMENT:
             self._unmap_one(iod.low, iod.total, iod.direction, 0, cpu)
         elif iod.map_type != P2P_MAP_BUS_ADDR:
-            if self.own is None or iod.state is not None:
+            if iod.window_size != 0:
+                self._destroy_window(iod, attrs, cpu)
+            elif self.own is None or iod.state is not None:
                 done = self._undo(iod, cpu)
             else:
                 done = not self.own._need_unmap()
@@ -391,6 +398,20 @@ class RequestMapper:
         self.prp._drop(iod.chain)
         iod.chain = 0
         return 0
+
+    def _destroy_window(self, iod: Iod, attrs: cython.int, cpu: cython.int) -> cython.int:
+        """End a window that is only two words."""
+        failed: cython.int
+        self.walk.spare.addr = iod.window_addr
+        self.walk.spare.size_word = iod.window_size
+        failed = self.walk.spare._destroy(iod.window_size & SIZE_BITS, iod.direction, attrs, cpu)
+        if failed != 0:
+            return self._cut(iod, failed)
+        iod.window_size = 0
+        return 0
+
+    def _cut(self, iod: Iod, failed: cython.int) -> cython.int:
+        raise cut_error(self.own, f"destroy: [0x0, {int(iod.window_size & SIZE_BITS):#x})", -failed)
 
     def _undo(self, iod: Iod, cpu: cython.int) -> cython.bint:
         """End the request's window; False when there is none and every range is to be unmapped."""
