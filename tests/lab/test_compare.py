@@ -78,6 +78,12 @@ def test_the_same_input_options_and_seed_give_the_same_ledger() -> None:
         assert one.submission == two.submission and one.completion == two.completion
 
 
+def test_the_requests_of_a_comparison_are_kept_once() -> None:
+    results = compare(fio(SMALL), Options(untrusted=True).check()).results
+    assert results[0].unavailable and len(results[-1].workload) == 24
+    assert all(result.workload is results[-1].workload for result in results[1:])
+
+
 def test_two_step_pays_one_window_and_one_sync_for_a_scattered_request() -> None:
     result = run_strategy("two-step", fio("bs=128k,n=16"), Options())
     assert result.ledger["try_alloc_calls"] == result.ledger["sync_calls"] == result.ledger["destroy_calls"] == 16

@@ -146,8 +146,11 @@ def _run(rig: Rig, kind: type[Strategy], result: StrategyResult, progress: Progr
 def compare(
     source: Source, options: Options, names: list[str] | None = None, progress: Progress | None = None
 ) -> Comparison:
-    """Run the strategies (all of them unless ``names`` says which) one after the other."""
-    results = [run_strategy(name, source, options, progress) for name in names or list(STRATEGIES)]
+    """Run the strategies (all of them unless ``names`` says which), one after the other; the requests are kept once."""
+    results: list[StrategyResult] = []
+    for name in names or list(STRATEGIES):
+        results.append(run_strategy(name, source, options, progress))
+        results[-1].workload = next((one.workload for one in results if len(one.workload)), results[-1].workload)
     return Comparison(source.name, options, results, source.missing())
 
 
