@@ -11,6 +11,7 @@ cdef extern from "pythread.h":
 @cython.final
 cdef class Turn:
     cdef readonly bint taken
+    cdef bint waited
     cdef unsigned long owner
     cdef int depth
     cdef PyThread_type_lock lock

@@ -10,6 +10,10 @@ Whoever waits has given up the GIL, because the holder may need it (to note an e
 be taken again by the thread that has it: what a batch calls in Python (a CPU-cache model, a list of events) may call
 the machine. ``with ledger.turn:`` makes several calls of a thread one, for everybody else.
 
+Compiled, the words here change under the GIL only, so that a turn which nobody waits for costs no lock: the first who
+waits takes the lock in the holder's name (it is free, or with a waiter that is just letting go of it), then waits for
+it as the others do; giving the turn back releases it. Interpreted, the lock is the turn.
+
 What this cannot do: a call that keeps the GIL loses it where Python runs in its middle, and an interpreted one
 anywhere. Between two such calls only a ``with`` helps (contracts.md, Threads).
 """
@@ -50,6 +54,7 @@ class Turn:
 
     def __init__(self) -> None:
         self.taken = False
+        self.waited = False
         self.owner = 0
         self.depth = 0
         self.lock = PyThread_allocate_lock()
@@ -80,9 +85,10 @@ class Turn:
         if self.taken and self.owner == me:
             self.depth += 1
             return
-        if not PyThread_acquire_lock(self.lock, False):
-            with cython.nogil:
-                PyThread_acquire_lock(self.lock, True)
+        if cython.compiled:
+            self._wait()
+        else:
+            PyThread_acquire_lock(self.lock, True)
         self.owner = me
         self.taken = True
 
@@ -92,11 +98,16 @@ class Turn:
             self.depth -= 1
             return
         self.taken = False
-        PyThread_release_lock(self.lock)
+        if self.waited or not cython.compiled:
+            self.waited = False
+            PyThread_release_lock(self.lock)
 
     def _wait(self) -> cython.void:
         """Return when no other thread has the turn, with the GIL held since."""
         while self.taken and self.owner != self._me():
+            if cython.compiled and not self.waited:
+                PyThread_acquire_lock(self.lock, True)
+                self.waited = True
             with cython.nogil:
                 PyThread_acquire_lock(self.lock, True)
                 PyThread_release_lock(self.lock)

@@ -53,7 +53,7 @@ def test_the_rows_are_the_table_of_goals() -> None:
         measure = row.yardstick if row.times == 1 else f"{row.times:g}{row.yardstick}"
         found.append(f"{row.id} {sign} {row.goal:g} {measure}")
     assert found == wanted
-    assert [row.id for row in rows if row.goal is None] == ["T0", "T1", "T1p", "T2", "T2p", "T4", "T4p"]
+    assert [row.id for row in rows if row.goal is None] == ["D1", "T0", "T1", "T1p", "T2", "T2p", "T4", "T4p"]
     assert all(row.yardstick in yardsticks.NAMES and row.unit and row.name for row in rows)
     assert set(history.recorded()) == {text.split()[0] for text in wanted}
 

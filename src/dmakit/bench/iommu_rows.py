@@ -1,4 +1,4 @@
-"""Rows 4, 5, 6, 8 and the first half of 9: page tables and translation, through the public calls of a domain.
+"""Rows 4, 5, 6, 8, the first half of 9, and D1: page tables and translation, through the public calls of a domain.
 
 The table has only 4 KiB leaves, the ledger counts, the walker is coherent. Row 4 maps 1 GiB in runs of 256 pages, rows
 of one batch: half of the runs make a table. Row 5 unmaps it table by table, invalidates once and frees the tables.
@@ -13,7 +13,7 @@ import random
 from array import array
 
 from dmakit.bench.row import Bench, Row
-from dmakit.consts import PAGE_SIZE, PROT_READ, PROT_WRITE
+from dmakit.consts import DIRTY_NO_CLEAR, PAGE_SIZE, PROT_READ, PROT_WRITE
 from dmakit.iommu.domain import PageTableDomain
 from dmakit.iommu.formats.vtdss import VtdSecondStage
 from dmakit.iommu.tables import TablePages
@@ -142,7 +142,23 @@ def look_up(bench: Bench) -> float:
     return bench.statement("look(iova)", look=domain.iova_to_phys, iova=addresses[len(addresses) // 2])
 
 
+def scan_dirty(bench: Bench) -> float:
+    """D1: every 64th page was written; what is found stays dirty, so that each scan finds the same."""
+    domain, _ = _mapped(bench)
+    pages = bench.scaled(GIB // PAGE_SIZE)
+
+    def make() -> Words[int]:
+        written = memoryview(array("Q", range(IOVA, IOVA + pages * PAGE_SIZE, 64 * PAGE_SIZE)))
+        domain.set_dirty_tracking(True)
+        domain.unit.translate_many(int(domain.did), written, array("Q", bytes(8 * len(written))), True)
+        return memoryview(array("Q", bytes(pages // 8)))
+
+    bitmap, size = bench.once("iommu dirty", make), pages * PAGE_SIZE
+    return bench.timed(lambda: domain.read_and_clear_dirty(IOVA, size, bitmap, flags=DIRTY_NO_CLEAR), pages)
+
+
 ROWS = [
+    Row("D1", "dirty scan of 1 GiB of 4 KiB leaves, one in 64 dirty", "ns/leaf", None, "lower", "F", scan_dirty),
     Row("4", "map 4 KiB pages, 256 a call", "ns/page", 2.8, "lower", "F", map_pages),
     Row("5", "unmap the same, with gather and table freeing", "ns/page", 2.2, "lower", "F", unmap_pages),
     Row("6a", "map + unmap one page, in a batch", "ns/pair", 1.1, "lower", "E", single_pages),

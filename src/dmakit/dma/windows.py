@@ -178,7 +178,9 @@ class Windows(Scatter):
         apart("states", states, phys=phys, sizes=sizes, bounds=bounds)
         if not self._ascending(edges.items, edges.count, places.count):
             raise MisuseError(f"bounds: must ascend from request to request, up to the {places.count} pieces")
-        with self.ledger.turn:
+        turn = self.ledger.turn
+        turn._take()
+        try:
             with cython.nogil:
                 done = self._map_run(
                     places.items, lengths.items, edges.items, edges.count - 1, found.items, way, how, on
@@ -188,6 +190,8 @@ class Windows(Scatter):
                 with cython.nogil:
                     self._unmap_run(found.items, done, way, how, on)
                 raise error
+        finally:
+            turn._give()
 
     def unmap_windows(
         self, states: object, direction: SupportsIndex, attrs: SupportsIndex = 0, cpu: SupportsIndex = 0
@@ -198,8 +202,13 @@ class Windows(Scatter):
         on: cython.int = checked_cpu(cpu, self.ledger.cpus)
         live: Words = taken("states", states, True)
         done: cython.Py_ssize_t
-        with self.ledger.turn, cython.nogil:
-            done = self._unmap_run(live.items, live.count >> 1, way, how, on)
+        turn = self.ledger.turn
+        turn._take()
+        try:
+            with cython.nogil:
+                done = self._unmap_run(live.items, live.count >> 1, way, how, on)
+        finally:
+            turn._give()
         if done < live.count >> 1:
             raise MisuseError(f"states[{2 * done}]: the window at {live.items[2 * done]:#x} cuts a large leaf", EINVAL)
 
