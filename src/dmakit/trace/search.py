@@ -191,6 +191,7 @@ class OrderSearch:
         orders = [order for order in orders if not _hopeless(branch.domain, self.pending[order[0]])]
         alone = len(orders) == 1 and self._sure(branch, orders[0])
         before = branch.done
+        twin: Branch
         found: list[Branch] = []
         dead: set[tuple[int, ...]] = set()
         for order in orders:
@@ -218,6 +219,7 @@ class OrderSearch:
     def _sequence(self, branch: Branch, keys: tuple[int, ...], dead: set[tuple[int, ...]]) -> list[Branch]:
         """``branch`` and copies of it in which ``keys`` took effect in that order, for every choice of CPU. When none
         is left, ``dead`` learns behind which first keys."""
+        target: Branch
         twins = [branch]
         for count, key in enumerate(keys):
             op = self.pending[key]
