@@ -2,11 +2,11 @@ cimport cython
 
 cdef extern from "pythread.h":
     ctypedef void* PyThread_type_lock
-    PyThread_type_lock PyThread_allocate_lock() noexcept nogil
-    void PyThread_free_lock(PyThread_type_lock lock) noexcept nogil
-    bint PyThread_acquire_lock(PyThread_type_lock lock, bint wait) noexcept nogil
-    void PyThread_release_lock(PyThread_type_lock lock) noexcept nogil
-    unsigned long PyThread_get_thread_ident() noexcept nogil
+    PyThread_type_lock _allocate_lock "PyThread_allocate_lock"() noexcept nogil
+    void _free_lock "PyThread_free_lock"(PyThread_type_lock lock) noexcept nogil
+    bint _acquire_lock "PyThread_acquire_lock"(PyThread_type_lock lock, bint wait) noexcept nogil
+    void _release_lock "PyThread_release_lock"(PyThread_type_lock lock) noexcept nogil
+    unsigned long _thread_ident "PyThread_get_thread_ident"() noexcept nogil
 
 @cython.final
 cdef class Turn:

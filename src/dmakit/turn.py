@@ -28,18 +28,18 @@ import cython
 from dmakit.errors import MisuseError
 
 if not cython.compiled:
-    PyThread_get_thread_ident = threading.get_ident
-    PyThread_allocate_lock = threading.Lock
+    _thread_ident = threading.get_ident
+    _allocate_lock = threading.Lock
 
-    def PyThread_acquire_lock(lock: threading.Lock, wait: bool) -> bool:
+    def _acquire_lock(lock: threading.Lock, wait: bool) -> bool:
         """Take the lock; without ``wait`` only when it is free. Whether it was taken."""
         return lock.acquire(wait)
 
-    def PyThread_release_lock(lock: threading.Lock) -> None:
+    def _release_lock(lock: threading.Lock) -> None:
         """Let it go."""
         lock.release()
 
-    def PyThread_free_lock(lock: threading.Lock) -> None:
+    def _free_lock(lock: threading.Lock) -> None:
         """Nothing to do: it goes with its last reference."""
 
 
@@ -57,13 +57,13 @@ class Turn:
         self.waited = False
         self.owner = 0
         self.depth = 0
-        self.lock = PyThread_allocate_lock()
+        self.lock = _allocate_lock()
         if self.lock == cython.NULL:
             raise MemoryError("no memory for a lock")
 
     def __dealloc__(self) -> None:
         if self.lock != cython.NULL:
-            PyThread_free_lock(self.lock)
+            _free_lock(self.lock)
 
     def __enter__(self) -> Turn:
         self._take()
@@ -77,7 +77,7 @@ class Turn:
         self._give()
 
     def _me(self) -> cython.ulong:
-        return PyThread_get_thread_ident()
+        return _thread_ident()
 
     def _take(self) -> cython.void:
         """Take the turn, after whoever has it; the thread that has it takes it once more."""
@@ -88,7 +88,7 @@ class Turn:
         if cython.compiled:
             self._wait()
         else:
-            PyThread_acquire_lock(self.lock, True)
+            _acquire_lock(self.lock, True)
         self.owner = me
         self.taken = True
 
@@ -100,14 +100,14 @@ class Turn:
         self.taken = False
         if self.waited or not cython.compiled:
             self.waited = False
-            PyThread_release_lock(self.lock)
+            _release_lock(self.lock)
 
     def _wait(self) -> cython.void:
         """Return when no other thread has the turn, with the GIL held since."""
         while self.taken and self.owner != self._me():
             if cython.compiled and not self.waited:
-                PyThread_acquire_lock(self.lock, True)
+                _acquire_lock(self.lock, True)
                 self.waited = True
             with cython.nogil:
-                PyThread_acquire_lock(self.lock, True)
-                PyThread_release_lock(self.lock)
+                _acquire_lock(self.lock, True)
+                _release_lock(self.lock)

@@ -107,7 +107,7 @@ class SetCache:
         self._renew(victim)
 
     def _renew(self, way: cython.Py_ssize_t) -> cython.void:
-        """Make a way the newest of its set: it is used or filled now.."""
+        """Make a way the newest of its set: it is used or filled now."""
         first: cython.Py_ssize_t = self.oldest[way >> self.way_bits]
         first = self.newer[way] if first == way else first
         self.oldest[way >> self.way_bits] = first
