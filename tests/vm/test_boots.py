@@ -43,12 +43,10 @@ class Boot:
 
 
 GUEST = ("tests/vm/guest", "tests/pci/test_functions.py", "tests/pci/test_accesses.py")
-HOTPLUG = (
-    "tests/vm/guest/test_unplug.py",
-    "tests/vm/guest/test_boot_line.py",
-)  # with a port, and probes from the start
+# With a port to pull a drive out of, and probes from the start.
+HOTPLUG = ("tests/vm/guest/test_unplug.py", "tests/vm/guest/test_boot_line.py")
 # What must hold on the guest's Python and processor as well: on the software machine, and where it is portable on VFIO.
-PORTABLE = ("tests/memory", "tests/dma", "tests/nvme/test_controller.py")
+PORTABLE = ("tests/memory", "tests/dma", "--ignore=tests/dma/test_twins.py", "tests/nvme/test_controller.py")
 ON_VFIO = ("tests/dma", "tests/nvme/test_controller.py", "-m", "portable", "-k", "type1 or iommufd")
 LEVELS = ("quick", "ci", "full")
 LONGER = 6  # times that a boot of the full matrix may take

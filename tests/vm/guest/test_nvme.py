@@ -30,7 +30,6 @@ from tests.vm.guest.support import (
     kernel_nvme,
     read_direct,
     unbind,
-    until,
 )
 
 BDF = NVME[0]
@@ -133,23 +132,6 @@ def test_a_reset_in_flight_loses_nothing(backend: str) -> None:
                 assert await disk.read(128 * at, 128) == content
 
     asyncio.run(main())
-
-
-@backends
-def test_a_reset_of_the_device_disables_the_controller(backend: str) -> None:
-    """QEMU's drive has FLR, after which it is disabled (AQA QEMU keeps)."""
-    aqa, asq, acq, cc, csts = 0x24, 0x28, 0x30, 0x14, 0x1C
-    enabled = 0x0046_0001
-    with vfio.Machine(backend=backend, ram="16M") as machine, machine.open(BDF) as device:
-        assert device.facts.flags & 1, "VFIO_DEVICE_FLAGS_RESET"
-        bar = device.bar(0)
-        for turn in range(2):  # after a reset it can be used again
-            for register, value in ((aqa, 0x001F_001F), (asq, 0x10000), (acq, 0x20000), (cc, enabled)):
-                bar.write32(register, value)
-            until(lambda: bar.read32(csts) == 1, f"the controller is enabled, turn {turn}")
-            assert bar.read32(cc) == enabled
-            device.reset()
-            assert (bar.read32(cc), bar.read32(csts)) == (0, 0)
 
 
 @backends
