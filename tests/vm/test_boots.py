@@ -55,9 +55,12 @@ CI_ON_DEBIAN = ("vtd-lazy",)
 
 def boots() -> list[Boot]:
     """All boots, the quick one first; longer ones before shorter ones, so that two at a time end together."""
-    iommufd = [Boot(replace(EVERYTHING, iommu=name), GUEST, "ci" if n else "quick") for n, name in enumerate(IOMMUS)]
-    levels = {name: "ci" if name in CI_ON_DEBIAN else "full" for name in IOMMUS}
-    debian = [Boot(replace(EVERYTHING, kernel="debian", iommu=name), GUEST, levels[name]) for name in IOMMUS]
+    levels = {"vtd-lazy": "quick", "vtd-strict": "full"}  # to VFIO, which flushes by itself, strict is lazy
+    iommufd = [Boot(replace(EVERYTHING, iommu=name), GUEST, levels.get(name, "ci")) for name in IOMMUS]
+    debian = [
+        Boot(replace(EVERYTHING, kernel="debian", iommu=name), GUEST, "ci" if name in CI_ON_DEBIAN else "full")
+        for name in IOMMUS
+    ]
     portable = [Boot(replace(EVERYTHING, iommu=name), ON_VFIO, "full") for name in IOMMUS[1:]]
     portable += [Boot(replace(EVERYTHING, kernel="debian", iommu=name), ON_VFIO, "full") for name in IOMMUS]
     plugged = replace(EVERYTHING, hotplug=True, append=BOOT_LINE)
