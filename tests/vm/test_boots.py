@@ -54,7 +54,10 @@ CI_ON_DEBIAN = ("vtd-lazy",)
 
 
 def boots() -> list[Boot]:
-    """All boots, the quick one first; longer ones before shorter ones, so that two at a time end together."""
+    """All boots, the quick one first; longer ones before shorter ones, so that two at a time end together.
+
+    A worker of pytest-xdist begins with two neighbours of the list and holds one more in reserve ever after.
+    """
     levels = {"vtd-lazy": "quick", "vtd-strict": "full"}  # to VFIO, which flushes by itself, strict is lazy
     iommufd = [Boot(replace(EVERYTHING, iommu=name), GUEST, levels.get(name, "ci")) for name in IOMMUS]
     debian = [
@@ -65,7 +68,7 @@ def boots() -> list[Boot]:
     portable += [Boot(replace(EVERYTHING, kernel="debian", iommu=name), ON_VFIO, "full") for name in IOMMUS]
     plugged = replace(EVERYTHING, hotplug=True, append=BOOT_LINE)
     hotplug = [Boot(plugged, HOTPLUG, "ci"), Boot(replace(plugged, kernel="debian"), HOTPLUG, "full")]
-    return [iommufd[0], Boot(EVERYTHING, PORTABLE, "ci"), *iommufd[1:], *debian, *hotplug, *portable]
+    return [iommufd[0], debian[0], Boot(EVERYTHING, PORTABLE, "ci"), *iommufd[1:], *debian[1:], *hotplug, *portable]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
