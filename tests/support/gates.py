@@ -8,9 +8,9 @@ stands for it in comparisons, and the end of the run names the rows, too.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
-from collections.abc import Generator
 from typing import Any, NoReturn
 
 import pytest
@@ -21,10 +21,21 @@ ROWS = "unobserved rows"
 
 
 def gate(reason: str) -> NoReturn:
-    """End this test (an example that Hypothesis made: drop it): the platform declares not to have what it needs."""
+    """End this test (an example that Hypothesis made: drop it): the platform declares not to have what it needs.
+
+    AssertionError on the software machine.
+    """
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)").removesuffix(" (setup)")
+    if _platform(test) == "soft":
+        raise AssertionError(f"the software machine has it all, yet {test} was gated: {reason}")
     if currently_in_test_context():
         reject()
     pytest.skip(GATE + reason)
+
+
+def _platform(test: str) -> str:
+    """The first parameter of a test's id; empty when it has none."""
+    return test.partition("[")[2].split("-")[0].rstrip("]")
 
 
 class _Unobserved:
@@ -55,17 +66,6 @@ def reason_of(report: Any) -> str:
     return found[1] if getattr(report, "skipped", False) and found else ""
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Gated on the software machine: a failure."""
-    report = yield
-    reason = reason_of(report)
-    if reason and _named(report)[1] == "soft":
-        report.outcome = "failed"
-        report.longrepr = f"the software machine has it all, yet {item.name} was gated: {reason}"
-    return report
-
-
 def pytest_report_teststatus(report: Any) -> tuple[str, str, str] | None:
     """A gated test is neither passed nor skipped for want of something on this host."""
     return ("gated", "g", "GATED") if reason_of(report) else None
@@ -73,13 +73,11 @@ def pytest_report_teststatus(report: Any) -> tuple[str, str, str] | None:
 
 def _named(report: Any) -> tuple[str, str]:
     """The test without its parameters, and the platform among them."""
-    test, _, parameters = report.nodeid.partition("[")
     context = getattr(report, "context", None)  # a guest test, in the words of tests/vm/test_boots.py
     if context is not None and context.msg:
         boot, _, inner = context.msg.partition(": ")
-        test, _, parameters = inner.partition("[")
-        return test, f"{boot} {parameters.split('-')[0].rstrip(']')}"
-    return test, parameters.split("-")[0].rstrip("]")
+        return inner.partition("[")[0], f"{boot} {_platform(inner)}"
+    return report.nodeid.partition("[")[0], _platform(report.nodeid)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
