@@ -131,6 +131,15 @@ def test_no_figure_is_cut_on_a_narrow_terminal(
     capsys.readouterr()
 
 
+def test_dmakits_own_time_is_told_a_request(tmp_path: Path, capsys: Any) -> None:
+    assert main.run(["compare", "bs=4k,n=50", "--json", str(tmp_path / "told.json")]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("time of dmakit's own code"))
+    strategies = json.loads((tmp_path / "told.json").read_text())["strategies"]
+    spent = ", ".join(f"{one['name']} {one['simulator_ns'] / one['requests']:,.0f} ns" for one in strategies)
+    assert line.startswith("time of dmakit's own code per request (") and line.endswith(f"never the kernel's: {spent}")
+    assert all(one["simulator_ns"] > one["requests"] for one in strategies), "there is something to say"
+
+
 def test_lines_are_whole_when_nobody_looks(capsys: Any) -> None:
     assert main.run(["explain", "bs=8k,piece=2k,n=20"]) == 0
     assert "cannot be made contiguous: each segment is mapped by itself; to be fast: " in capsys.readouterr().out

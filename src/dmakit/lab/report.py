@@ -163,8 +163,8 @@ def print_takeaways(out: Console, comparison: Comparison, command: str) -> None:
     if case is not None and {case.winner or "premap", case.loser or "page", "two-step"} <= set(prices):
         say(out, verdict(case, prices))
     core = _core.status()["running"]
-    spent = ", ".join(f"{result.name} {result.simulator_ns / 1e6:,.0f} ms" for result in ran)
-    say(out, f"time of dmakit's own code ({core} core), never the kernel's: {spent}", style="dim")
+    spent = ", ".join(f"{one.name} {one.simulator_ns / max(one.requests + one.failed, 1):,.0f} ns" for one in ran)
+    say(out, f"time of dmakit's own code per request ({core} core), never the kernel's: {spent}", style="dim")
     for note in comparison.notes:
         say(out, f"not knowable from this trace: {note}", style="dim")
 
