@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +15,7 @@ from dmakit.dma.direction import Direction
 from dmakit.errors import DmakitError, ExhaustedError, FaultError, HostError, InputError, MisuseError, UnsupportedError
 from dmakit.nvme.controller import Controller
 from dmakit.nvme.function import NvmeFunction
+from dmakit.platform.eventfds import Eventfds
 from tests.support.edu import EDU_MASK, Edu, EduPort
 from tests.support.sweep import descriptors
 
@@ -144,6 +147,31 @@ def test_messages_go_to_their_vector_while_the_function_masters_the_bus() -> Non
         for count, kind in ((5, "msi"), (4, "msix"), (2, "intx"), (0, "msi")):
             with pytest.raises(UnsupportedError, match=f"{count} {kind} vectors: the device has "):
                 device.interrupts(count, kind)
+
+
+def test_an_interrupt_is_waited_for_whatever_the_number_of_its_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process with a thousand files open: select() takes no number above 1023."""
+
+    def high(self: Eventfds) -> int:
+        low = plain(self)
+        try:
+            return fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 1500)
+        finally:
+            os.close(low)
+
+    plain = Eventfds.eventfd
+    monkeypatch.setattr(Eventfds, "eventfd", high)
+    model = Scratch()
+    with soft.Device.open(model) as device:
+        interrupt = device.interrupts()[0]
+        device.set_bus_master(True)
+        assert interrupt.fileno() >= 1500 and interrupt.wait(0.001) == interrupt.wait(-1) == interrupt.take() == 0
+        model.function.message()
+        model.function.message()
+        assert interrupt.wait() == 2 and interrupt.wait(0) == 0
+        assert model.function.notify("req")
+        with pytest.raises(HostError, match="the host wants the device back"):
+            interrupt.wait()
 
 
 def test_the_line_tells_of_itself_in_the_status_register() -> None:

@@ -35,10 +35,13 @@ class Eventfds:
     def take_events(self, fd: int, timeout: float | None, others: Sequence[int] = ()) -> int:
         """Events since the last call, waiting up to ``timeout`` seconds (None: for ever) for the first; 0 = none.
 
-        The wait also ends when one of the ``others`` can be read.
+        The wait also ends when one of the ``others`` can be read. (Not by select(), which knows no number above 1023.)
         """
-        if fd not in select.select([fd, *others], [], [], timeout)[0]:
-            return 0
+        if timeout is None or timeout > 0:
+            ready = select.poll()
+            for one in (fd, *others):
+                ready.register(one, select.POLLIN)
+            ready.poll(None if timeout is None else 1000 * timeout)
         try:
             return os.eventfd_read(fd)
         except BlockingIOError:
