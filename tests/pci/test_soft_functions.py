@@ -226,6 +226,27 @@ def test_a_reset_is_a_models_and_configuration_stays(way: str) -> None:
         assert device.config.bus_master and model.function.message(1) and vectors[1].take() == 1
 
 
+def test_a_fault_in_a_reset_is_the_models_own_affair() -> None:
+    """A model that writes its last word to memory when it is reset; closing resets it when it masters no more."""
+
+    class LastWord(Scratch):
+        addr = PAGE
+
+        def reset(self) -> None:
+            super().reset()
+            self.function.write(self.addr, b"bye")
+
+    model = LastWord()
+    with machine() as made:
+        function = made.plug(model, EDU)
+        with made.open(EDU) as device, device.dma.alloc_coherent(PAGE) as memory:
+            model.addr = memory.addr
+            device.set_bus_master(True)
+            device.reset()
+            assert memory.read(0, 3) == b"bye" and function.blocked == 2
+        assert function.blocked == model.resets - 1 == 3 and not made.devices and not made.opened
+
+
 def test_closing_leaves_a_function_as_it_was_found() -> None:
     model = Scratch()
     with machine() as made:

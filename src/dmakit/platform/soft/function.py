@@ -51,7 +51,7 @@ class Function:
         self._line = self._masked = False
         self.config = Config(self.identity, self._places)
         model.plugged(self)
-        model.reset()
+        self._reset_model()
 
     def __str__(self) -> str:
         return self.bdf
@@ -152,7 +152,11 @@ class Function:
     def reset(self) -> None:
         """What an FLR does: the model is as after power-on, the line low. Configuration and interrupts stay."""
         self.set_line(False)
-        self.model.reset()
+        self._reset_model()
+
+    def _reset_model(self) -> None:
+        with contextlib.suppress(FaultError):
+            self.model.reset()
 
     def leave(self) -> None:
         """Nobody has it open any more: deaf, dumb, reset."""
