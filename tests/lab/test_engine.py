@@ -233,6 +233,14 @@ def test_a_stretch_that_is_none_is_refused(kinds: bytes, positions: list[int], m
         engine.run(kinds, array("Q", positions))
 
 
+def test_a_request_in_flight_is_not_submitted_again() -> None:
+    engine, _ = an_engine(FioSpec(requests=4))
+    with pytest.raises(MisuseError, match="^request at position 2: is in flight already$"):
+        engine.run(b"\0\0\0", array("Q", [2, 3, 2]))
+    assert engine.run(b"\1\1\0\1\1", array("Q", [3, 2, 2, 2, 2])) == 5, "again when it has ended; none has no end"
+    assert (engine.requests, engine.wrong, engine.failed) == (3, 0, 0)
+
+
 def test_a_run_makes_no_object_for_a_request() -> None:
     """What a stretch leaves behind: nothing, once as many are in flight as ever will be."""
     engine, rig = an_engine(FioSpec(iodepth=8, requests=6_000, read_share=0.5))

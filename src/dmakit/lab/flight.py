@@ -16,6 +16,7 @@ from typing import Any
 import cython
 
 from dmakit.dma.direction import checked_cpu
+from dmakit.errors import MisuseError
 from dmakit.lab.request_table import Requests, Segments
 
 if not cython.compiled:
@@ -144,8 +145,10 @@ class InFlight:
         self.idle: list[Flight] = []
 
     def _take(self, position: cython.Py_ssize_t) -> Flight:
-        """A flight for the request at ``position``."""
+        """A flight for the request at ``position``; MisuseError when it is in flight."""
         while self.table[position & self.mask] is not None:
+            if self._find(position) is not None:
+                raise MisuseError(f"request at position {position}: is in flight already")
             self._double()
         flight: Flight = self.idle.pop() if self.idle else Flight()
         self.table[position & self.mask] = flight
