@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dmakit.cli.main import run
 from dmakit.errors import DmakitError, HostError
 from dmakit.platform.linux import binding, pci
+from dmakit.platform.linux.holders import open_nodes
 from dmakit.platform.linux.kernel import Kernel
 from tests.linux.worlds import EDU, NVME, host
 from tests.support.vfio.host import FakeHost
@@ -238,6 +241,33 @@ def holding(fake: FakeHost, node: str) -> None:
     fake.files["/proc/77/comm"] = "qemu"
     for at, (pid, where) in enumerate(((77, "/dev/null"), (77, node), (77, node), (9, node), (78, "/dev/vfio/vfio"))):
         fake.blocks.links[f"/proc/{pid}/fd/{at}"] = where
+
+
+def test_holders_are_read_from_the_links_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path is not followed (its server may be dead); what may not be seen, or is closed by now, is nobody's."""
+    plain, look = os.readlink, os.lstat
+
+    def readlink(path: Any) -> str:
+        if str(path) in unseen:
+            raise unseen[str(path)]
+        return "/dev/vfio/7" if plain(path) == str(node) else plain(path)
+
+    def lstat(path: Any, **options: Any) -> os.stat_result:
+        assert not str(path).startswith((str(tmp_path), "/dev/vfio/")), f"{path}: followed"
+        return look(path, **options)
+
+    node, *others = (tmp_path / name for name in ("node", "secret", "shut"))
+    with node.open("w"), others[0].open("w") as secret, others[1].open("w") as shut:
+        own = f"/proc/{os.getpid()}/fd"
+        unseen = {
+            f"{own}/{secret.fileno()}": PermissionError(errno.EACCES, "Permission denied"),
+            f"{own}/{shut.fileno()}": FileNotFoundError(errno.ENOENT, "No such file or directory"),
+        }
+        monkeypatch.setattr(os, "readlink", readlink)
+        monkeypatch.setattr(os, "lstat", lstat)
+        found = open_nodes(Kernel())
+        monkeypatch.undo()
+    assert found["/dev/vfio/7"] == [f"process {os.getpid()} ({Path('/proc/self/comm').read_text().strip()})"]
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,9 @@ class FakeHost(Kernel):
     def real(self, path: str) -> str:
         return self.blocks.real(path)
 
+    def target(self, path: str) -> str:
+        return self.blocks.links.get(path, "")
+
     def device_number(self, path: str) -> str:
         return self.blocks.nodes.get(path, "")
 

@@ -195,8 +195,6 @@ class Kernel(Eventfds):
         """Read a byte, so that its page is allocated as this process's mapping asks (huge or not)."""
         ctypes.c_ubyte.from_address(address).value  # noqa: B018
 
-    # Events --------------------------------------------------------------------------------------------------
-
     # sysfs and proc ------------------------------------------------------------------------------------------
 
     def text(self, path: str) -> str | None:
@@ -225,12 +223,16 @@ class Kernel(Eventfds):
         except OSError:
             return []
 
-    def link(self, path: str) -> str:
-        """The last part of what a symbolic link points to; empty when there is none."""
+    def target(self, path: str) -> str:
+        """What a symbolic link says, not looked at any further; empty when there is none, or it may not be read."""
         try:
-            return Path(path).readlink().name
+            return str(Path(path).readlink())
         except OSError:
             return ""
+
+    def link(self, path: str) -> str:
+        """The last part of what a symbolic link points to; empty when there is none."""
+        return self.target(path).rsplit("/", 1)[-1]
 
     def real(self, path: str) -> str:
         """The path with every symbolic link in it followed."""
