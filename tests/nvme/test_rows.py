@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from array import array
 from typing import Any
 
@@ -161,6 +162,31 @@ def test_a_device_that_is_watched_is_unsupported() -> None:
         UnsupportedError, match=r"^map_many: the device must be one of dmakit's own, without a contract"
     ):
         host.rows.map_many(*columns([]), array("Q"))
+
+
+def test_a_batch_that_waits_has_not_touched_the_mapper() -> None:
+    """Whoever has the turn may map by the same mapper meanwhile: the one that waits sets it up when it is its turn."""
+    host, others, both = Host(sgl_supported=False), array("Q", bytes(8 * ROW)), array("Q", [0])
+    asks: list[list[Ask]] = [
+        [(DMA_TO_DEVICE, 0, [(host.base + at * PAGE, PAGE) for at in pages])] for pages in ((0, 1, 2, 3), (4, 5, 6, 7))
+    ]
+    rows = array("Q", bytes(8 * ROW))
+    threads = [
+        threading.Thread(target=host.rows.map_many, args=(*columns(asks[1]), others), daemon=True),
+        threading.Thread(target=host.rows.unmap_many, args=(array("Q", bytes(8 * ROW)), both), daemon=True),
+    ]
+    with host.machine.ledger.turn:
+        for thread in threads:
+            thread.start()
+        threads[0].join(0.1)
+        assert host.rows.map_many(*columns(asks[0]), rows) == 1
+    for thread in threads:
+        thread.join(30)
+    where = FIELDS.index("window_addr")
+    for ask, row in zip(asks, (rows, others), strict=True):
+        seen = [host.device.iova_to_phys(row[where] + at * PAGE) for at in range(4)]
+        assert seen == [phys for phys, _ in ask[0][2]]
+        host.rows.unmap_many(row, both)
 
 
 @COMPILED

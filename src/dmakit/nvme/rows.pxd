@@ -1,6 +1,7 @@
 from dmakit.block.dma_iter cimport typed_device
 from dmakit.block.request cimport Payload, Request
 from dmakit.consts cimport *
+from dmakit.dma.device cimport Device
 from dmakit.nvme.iod cimport Iod
 from dmakit.nvme.mapping cimport RequestMapper
 

@@ -39,6 +39,7 @@ if not cython.compiled:
         PATH_FAILED,
         PATH_NO_DATA,
     )
+    from dmakit.dma.device import Device
     from dmakit.nvme.iod import Iod
     from dmakit.nvme.mapping import RequestMapper
 
@@ -179,11 +180,16 @@ class RowMapper:
 
     # Many requests ------------------------------------------------------------------------------------------
 
-    def _ours(self, call: str) -> None:
-        """Make the iterator ready for windows of two words; UnsupportedError on a device that is not ours."""
-        mapper: RequestMapper = self.mapper
-        if typed_device(mapper.device, 0) is None:
+    def _ours(self, call: str) -> Device:
+        """The mapper's device; UnsupportedError when it is not one of ours."""
+        own = typed_device(self.mapper.device, 0)
+        if own is None:
             raise UnsupportedError(f"{call}: the device must be one of dmakit's own, without a contract checker")
+        return own
+
+    def _ready(self) -> None:
+        """Make the mapper's iterator ready for windows of two words; the caller has the machine's turn."""
+        mapper: RequestMapper = self.mapper
         mapper.walk._prepare(self.payload, mapper.device, mapper.peer, 0)
         mapper.walk._without_objects()
         mapper.own = mapper.walk.own
@@ -271,17 +277,17 @@ class RowMapper:
             if len(there) < needed:
                 raise MisuseError(f"{name}: has {len(there)} words, at least {needed} are needed")
         apart("rows", out, directions=ways, cpus=on, phys=places, lengths=sizes, bounds=edges)
-        self._ours("map_many")
-        self.payload._over(memoryview(array("Q", places)), memoryview(array("Q", sizes)))
-        wrong = int(self._wrong(ways, on, edges, count, self.mapper.walk.own.ledger.cpus))
-        if wrong < count:
-            raise MisuseError(
-                f"map_many: request {wrong}: its direction, its CPU, its bounds or a segment of it is out of range"
-            )
-        self._ours("map_many")
-        with self.mapper.walk.own.ledger.turn:
+        ledger = self._ours("map_many").ledger
+        with ledger.turn:
+            self.payload._over(memoryview(array("Q", places)), memoryview(array("Q", sizes)))
+            wrong = int(self._wrong(ways, on, edges, count, ledger.cpus))
+            if wrong < count:
+                raise MisuseError(
+                    f"map_many: request {wrong}: its direction, its CPU, its bounds or a segment of it is out of range"
+                )
+            self._ready()
             mapped = int(self._map_run(ways, on, edges, out, count))
-        self.iod.error = None
+            self.iod.error = None
         return mapped
 
     def unmap_many(self, rows: object, cpus: object) -> None:
@@ -294,10 +300,11 @@ class RowMapper:
         if len(on) < count:
             raise MisuseError(f"cpus: has {len(on)} words, at least {count} are needed")
         apart("rows", live, cpus=on)
-        self._ours("unmap_many")
-        if count and max(on[:count]) >= self.mapper.walk.own.ledger.cpus:
-            raise MisuseError(f"cpus: must be below {self.mapper.walk.own.ledger.cpus}")
-        with self.mapper.walk.own.ledger.turn:
+        ledger = self._ours("unmap_many").ledger
+        if count and max(on[:count]) >= ledger.cpus:
+            raise MisuseError(f"cpus: must be below {ledger.cpus}")
+        with ledger.turn:
+            self._ready()
             done = int(self._unmap_run(live, on, count))
         if done < count:
             raise MisuseError(f"unmap_many: row {done}: its numbers are not those of a request that was mapped")
