@@ -152,6 +152,8 @@ def test_what_is_out_of_range_is_refused_before_anything_is_mapped() -> None:
             host.rows.map_many(*columns([good, bad]), array("Q", bytes(16 * ROW)))
     with pytest.raises(MisuseError, match=rf"^rows: has 1 words, at least {ROW} are needed$"):
         host.rows.map_many(*columns([good]), array("Q", [0]))
+    with pytest.raises(MisuseError, match=r"^cpus: must be below 2$"):
+        host.rows.unmap_many(array("Q", bytes(16 * ROW)), array("Q", [0, 2]))
     assert host.seen() == before
 
 

@@ -31,6 +31,7 @@ cdef class RowMapper:
     cdef Py_ssize_t _wrong(self, const unsigned long long[::1] directions, const unsigned long long[::1] cpus,
                            const unsigned long long[::1] bounds, Py_ssize_t count,
                            unsigned long long cpu_count) noexcept nogil
+    cdef bint _exist(self, const unsigned long long[::1] cpus, Py_ssize_t count, unsigned long long cpu_count) noexcept nogil
     cdef Py_ssize_t _map_run(
         self, const unsigned long long[::1] directions, const unsigned long long[::1] cpus,
         const unsigned long long[::1] bounds, unsigned long long[::1] rows, Py_ssize_t count) except? -1

@@ -219,6 +219,13 @@ class RowMapper:
             i += 1
         return count
 
+    def _exist(self, cpus: memoryview[int], count: cython.Py_ssize_t, cpu_count: cython.ulonglong) -> cython.bint:
+        """Whether the first ``count`` CPUs are there."""
+        i: cython.Py_ssize_t = 0
+        while i < count and cpus[i] < cpu_count:
+            i += 1
+        return i == count
+
     def _map_run(
         self,
         directions: memoryview[int],
@@ -279,7 +286,7 @@ class RowMapper:
         apart("rows", out, directions=ways, cpus=on, phys=places, lengths=sizes, bounds=edges)
         ledger = self._ours("map_many").ledger
         with ledger.turn:
-            self.payload._over(memoryview(array("Q", places)), memoryview(array("Q", sizes)))
+            self.payload._over(memoryview(array("Q", bytes(places))), memoryview(array("Q", bytes(sizes))))
             wrong = int(self._wrong(ways, on, edges, count, ledger.cpus))
             if wrong < count:
                 raise MisuseError(
@@ -301,7 +308,7 @@ class RowMapper:
             raise MisuseError(f"cpus: has {len(on)} words, at least {count} are needed")
         apart("rows", live, cpus=on)
         ledger = self._ours("unmap_many").ledger
-        if count and max(on[:count]) >= ledger.cpus:
+        if not self._exist(on, count, ledger.cpus):
             raise MisuseError(f"cpus: must be below {ledger.cpus}")
         with ledger.turn:
             self._ready()
