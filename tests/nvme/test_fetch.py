@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from array import array
 from typing import Any
 
@@ -162,6 +163,41 @@ def test_columns_that_are_too_short_are_refused(short: int, rule: str) -> None:
     columns[short].pop()
     with pytest.raises(MisuseError, match=f"^{rule}"):
         DescriptorReader(Host().device.port).read_batch(*columns, to_host=True)
+
+
+@pytest.mark.parametrize("given", [8 * 4096, 8])
+def test_a_port_that_gives_more_or_less_than_was_asked_for_is_refused(given: int) -> None:
+    class Odd:
+        def read(self, iova: int, size: int) -> bytes:
+            return bytes(given)
+
+    for read in (one_by_one, together):
+        with pytest.raises(MisuseError, match=rf"^port: read gave {given} bytes, 32 were asked for$"):
+            read(DescriptorReader(Odd()), [(PSDT_PRP, 0x1000, 0x8000, 5 * PAGE)])
+
+
+def test_threads_that_share_a_reader_take_turns_on_any_port() -> None:
+    """A port of another kind lets other threads run in the middle of a batch; they do not get into it."""
+    host = Host()
+    layouts = [[(at * 2 * PAGE + (first << 30), PAGE) for at in range(9)] for first in (1, 2)]
+    first, second = ([host.command(PSDT_PRP, ranges)] for ranges in layouts)
+    found: list[Any] = []
+    inside: list[bool] = []
+
+    class Slow(ByRead):
+        def read(self, iova: int, size: int) -> bytes:
+            if not inside:
+                inside.append(True)
+                other.start()
+                other.join(0.2)
+                assert not found
+            return super().read(iova, size)
+
+    reader = DescriptorReader(Slow(host.device.port))
+    other = threading.Thread(target=lambda: found.append(together(reader, second)), daemon=True)
+    assert together(reader, first) == [(0, layouts[0])]
+    other.join(30)
+    assert found == [[(0, layouts[1])]]
 
 
 @COMPILED

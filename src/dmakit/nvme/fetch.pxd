@@ -2,6 +2,7 @@ from dmakit.consts cimport *
 from dmakit.iommu.port cimport Port
 from dmakit.nvme.prp cimport PrpWalker
 from dmakit.nvme.sgl cimport SglWalker
+from dmakit.turn cimport Turn
 
 cdef int _TRANSFER_ERROR
 cdef int _INVALID_FIELD
@@ -12,6 +13,7 @@ cdef unsigned long long _ALL_ONES
 cdef class DescriptorReader:
     cdef readonly object port
     cdef Port own
+    cdef Turn turn
     cdef readonly PrpWalker prp
     cdef readonly SglWalker sgl
     cdef unsigned long long[::1] words

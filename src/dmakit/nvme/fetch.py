@@ -12,7 +12,6 @@ GIL where the port is one of ours (``iommu.port``); another kind of port, anythi
 from __future__ import annotations
 
 from array import array
-from contextlib import nullcontext
 from typing import Protocol
 
 import cython
@@ -26,6 +25,7 @@ if not cython.compiled:
     from dmakit.iommu.port import Port
     from dmakit.nvme.prp import PrpWalker
     from dmakit.nvme.sgl import SglWalker
+    from dmakit.turn import Turn
 
 _TRANSFER_ERROR = int(Status.DATA_TRANSFER_ERROR)
 _INVALID_FIELD = int(Status.INVALID_FIELD)
@@ -49,6 +49,7 @@ class DescriptorReader:
     def __init__(self, port: Source, *, dword: bool = False, bit_bucket: bool = False, longer: bool = False) -> None:
         self.port = port
         self.own = port if isinstance(port, Port) else None
+        self.turn = Turn() if self.own is None else self.own.turn
         self.prp = PrpWalker()
         self.sgl = SglWalker(dword=dword, bit_bucket=bit_bucket, longer=longer)
         self.words = memoryview(array("Q", bytes(8 * _BUFFER)))
@@ -137,6 +138,8 @@ class DescriptorReader:
         except FaultError as error:
             self.fault = error
             return -EIO
+        if len(payload) != size:
+            raise MisuseError(f"port: read gave {len(payload)} bytes, {size} were asked for")
         for at, word in enumerate(memoryview(array("Q", payload))):
             self.words[at] = word
         return 0
@@ -225,7 +228,7 @@ class DescriptorReader:
                 raise MisuseError(f"{name}: has {len(there)} words, at least {needed} are needed")
         apart("bounds", edges, forms=kinds, pointers=places, sizes=totals, statuses=found)
         apart("statuses", found, forms=kinds, pointers=places, sizes=totals)
-        with self.own.turn if self.own is not None else nullcontext():
+        with self.turn:
             self.fault = None
             self._clear(count)
             self._run(kinds, places, totals, edges, found, count, to_host)
