@@ -15,6 +15,7 @@ from dmakit import _core
 from dmakit.consts import PSDT_PRP, PSDT_SGL_METABUF
 from dmakit.errors import FaultError, MisuseError
 from dmakit.nvme.coherent import DeviceSource
+from dmakit.nvme.datapath import CommandError, DataPath
 from dmakit.nvme.fetch import DescriptorReader
 from dmakit.nvme.pool import LARGE_BYTES, SMALL_BYTES, DescriptorPool
 from dmakit.nvme.prp import PrpWalker, PrpWriter
@@ -198,6 +199,14 @@ def test_threads_that_share_a_reader_take_turns_on_any_port() -> None:
     assert together(reader, first) == [(0, layouts[0])]
     other.join(30)
     assert found == [[(0, layouts[1])]]
+
+
+def test_an_access_over_the_last_address_ends_the_command() -> None:
+    """An SGL may say so; on the bus there is no such address, as nobody answers at one that is not mapped."""
+    data, last = DataPath(Host().device.port, sgls=1), (1 << 64) - 8
+    for move in (lambda: data.fetch(last, 16), lambda: data.store(last, bytes(16)), lambda: data.fetch(last, 8)):
+        with pytest.raises(CommandError, match=r"^DATA_TRANSFER_ERROR$"):
+            move()
 
 
 @COMPILED

@@ -43,6 +43,12 @@ class CommandError(Exception):
         self.status = status
 
 
+def _on_the_bus(addr: int, size: int) -> None:
+    """An access over the last address ends the command."""
+    if addr + size > 1 << 64:
+        raise CommandError(Status.DATA_TRANSFER_ERROR)
+
+
 class DataPath:
     """Reads pointers and moves bytes for a controller that announces ``sgls`` (Identify Controller, SGLS)."""
 
@@ -58,6 +64,7 @@ class DataPath:
 
     def fetch(self, addr: int, size: int) -> bytes:
         """Bytes from host memory; a blocked access ends the command."""
+        _on_the_bus(addr, size)
         try:
             return self.port.read(addr, size)
         except FaultError:
@@ -65,6 +72,7 @@ class DataPath:
 
     def store(self, addr: int, payload: bytes) -> None:
         """Bytes to host memory; a blocked access ends the command."""
+        _on_the_bus(addr, len(payload))
         try:
             self.port.write(addr, payload)
         except FaultError:
