@@ -95,6 +95,25 @@ def test_batch_equals_one_by_one(kind: type[Any], requests: list[list[Range]], n
 
 
 @pytest.mark.parametrize("kind", [PrpWriter, SglWriter])
+@pytest.mark.parametrize("addr", [1 << 63, (1 << 64) - PAGE])
+def test_an_address_that_no_single_request_may_have_is_refused_in_a_batch(kind: type[Any], addr: int) -> None:
+    """Above 2**63, as ``build`` refuses it: pages there might run over the end of the address space."""
+    side = Side(kind)
+    good = [(at * 2 * PAGE + (1 << 20), PAGE) for at in range(40)]
+    for length in (PAGE, 2 * PAGE, 40 * PAGE):
+        before = side.seen()[1:3]
+        with pytest.raises(MisuseError, match=rf"^{kind.kind}: request 1: .*below 2\^63$"):
+            side.writer.build_batch(
+                array("Q", [start for start, _ in good] + [addr]),
+                array("Q", [size for _, size in good] + [length]),
+                array("Q", [0, 40, 41]),
+                array("Q", bytes(32)),
+                array("Q", bytes(16)),
+            )
+        assert side.seen()[1:3] == before
+
+
+@pytest.mark.parametrize("kind", [PrpWriter, SglWriter])
 def test_what_is_no_list_that_is_out_is_refused(kind: type[Any]) -> None:
     side = Side(kind)
     chains = [side.writer.build([(at * 2 * PAGE + (1 << 20), PAGE) for at in range(count)])[2] for count in (3, 40)]

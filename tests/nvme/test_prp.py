@@ -275,6 +275,10 @@ class TestReading:
         assert self.check(0x1000, 0x3004, 12288).status == bad
         assert self.check(0x1000, 0x3000, 0).ranges == []
 
+    def test_the_last_page_has_no_neighbour(self) -> None:
+        last = (1 << 64) - PAGE
+        assert self.check(last, 0, 2 * PAGE).ranges == [(last, PAGE), (0, PAGE)]
+
     def test_a_list_may_start_inside_its_page_and_then_ends_there(self) -> None:
         walker = self.check(0x1000, 0x5000 + 510 * 8, 4 * PAGE)
         assert (walker.list_addr, walker.list_entries) == (0x5000 + 510 * 8, 2)

@@ -164,7 +164,7 @@ class PrpWriter(ListWriter):
         failed: cython.int = 0
         while at < end:
             total += lengths[at]
-            if lengths[at] == 0 or lengths[at] > _MAX_TOTAL or total > _MAX_TOTAL:
+            if addrs[at] >> 63 != 0 or lengths[at] == 0 or lengths[at] > _MAX_TOTAL or total > _MAX_TOTAL:
                 failed = -EIO
                 break
             at += 1
@@ -190,7 +190,8 @@ class PrpWriter(ListWriter):
 
     def _refused(self, at: int) -> MisuseError:
         return MisuseError(
-            f"PRP: request {at}: its bounds are wrong, or its ranges do not meet on 4096-byte pages", errno.EIO
+            f"PRP: request {at}: its bounds are wrong, or its ranges do not meet on 4096-byte pages below 2^63",
+            errno.EIO,
         )
 
     def begin(self, total: int) -> None:
@@ -297,7 +298,7 @@ class PrpWalker:
         take: cython.ulonglong = PAGE_SIZE - (addr & PAGE_MASK_LOW)
         if take > self.left:
             take = self.left
-        if self.count > 0 and self.addr[self.count - 1] + self.length[self.count - 1] == addr:
+        if self.count > 0 and addr != 0 and self.addr[self.count - 1] + self.length[self.count - 1] == addr:
             self.length[self.count - 1] += take
         else:
             if self.count == self.room:

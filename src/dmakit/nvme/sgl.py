@@ -118,7 +118,7 @@ class SglWriter(ListWriter):
         at: cython.Py_ssize_t = first
         failed: cython.int
         while at < end:
-            if lengths[at] == 0 or lengths[at] > _LENGTH_MASK:
+            if addrs[at] >> 63 != 0 or lengths[at] == 0 or lengths[at] > _LENGTH_MASK:
                 self._begin(0, True)
                 return -EIO
             at += 1
@@ -145,7 +145,7 @@ class SglWriter(ListWriter):
 
     def _refused(self, at: int) -> MisuseError:
         return MisuseError(
-            f"SGL: request {at}: it must have 1 to {MAX_ENTRIES} ranges of 1 to 2^32 - 1 bytes", errno.EIO
+            f"SGL: request {at}: it must have 1 to {MAX_ENTRIES} ranges of 1 to 2^32 - 1 bytes below 2^63", errno.EIO
         )
 
     def begin(self, entries: int, coalesced: bool = False) -> None:
