@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 KERNEL = os.environ.get("DMAKIT_VM_KERNEL", "")
+BACKENDS = ("type1", "iommufd") if KERNEL == "iommufd" else ("type1",)  # what this kernel has
 IOMMU = os.environ.get("DMAKIT_VM_IOMMU", "")
 FULL = os.environ.get("DMAKIT_VM_FULL") == "1"
 LONG = pytest.mark.skipif(not FULL, reason="in the full matrix (--vm full)")

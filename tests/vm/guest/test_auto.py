@@ -10,10 +10,9 @@ from dmakit import nvme
 from dmakit.nvme.costs import ROUNDS, Costs, Line
 from dmakit.nvme.exercise import Verifier
 from dmakit.reasons import Reason
-from tests.vm.guest.support import IOMMU, KERNEL, NVME
+from tests.vm.guest.support import BACKENDS, IOMMU, NVME
 
 BDF = NVME[0]
-BACKENDS = ("type1", "iommufd") if KERNEL == "iommufd" else ("type1",)
 
 pytestmark = [
     pytest.mark.on(iommu=("vtd-lazy", "vtd-strict", "vtd-sm", "amd", "virtio")),

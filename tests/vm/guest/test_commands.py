@@ -12,9 +12,9 @@ import pytest
 
 from dmakit import vfio
 from tests.vm.guest.support import (
+    BACKENDS,
     EDU,
     FULL,
-    KERNEL,
     NVME,
     PCI,
     driver_of,
@@ -25,7 +25,6 @@ from tests.vm.guest.support import (
     until,
 )
 
-BACKENDS = ("type1", "iommufd") if KERNEL == "iommufd" else ("type1",)
 # The verbs are the same behind every IOMMU: AMD's only in the full matrix.
 pytestmark = pytest.mark.on(iommu=("vtd-lazy", "amd") if FULL else "vtd-lazy")
 BDF = NVME[0]

@@ -13,9 +13,8 @@ import pytest
 
 from dmakit import vfio
 from dmakit.lab.hardware import STRATEGIES
-from tests.vm.guest.support import FULL, KERNEL, LONG, NVME, modprobe
+from tests.vm.guest.support import BACKENDS, FULL, LONG, NVME, modprobe
 
-BACKENDS = ("type1", "iommufd") if KERNEL == "iommufd" else ("type1",)
 COUNT, SIZE = (256, 64 << 10) if FULL else (12, 32 << 10)
 WORKLOADS = {
     "scattered pages": f"bs={SIZE},iodepth=4,frag=1,rw=randrw,n={COUNT}",

@@ -20,9 +20,8 @@ import pytest
 
 from dmakit import nvme, vfio
 from dmakit.nvme.exercise import Verifier
-from tests.vm.guest.support import FULL, IOMMU, KERNEL, LONG, NVME, kernel_nvme, modprobe
+from tests.vm.guest.support import BACKENDS, FULL, IOMMU, KERNEL, LONG, NVME, kernel_nvme, modprobe
 
-BACKENDS = ("type1", "iommufd") if KERNEL == "iommufd" else ("type1",)
 STRATEGIES = ("premap", "two-step", "page", "sg")
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BLOCK = 512

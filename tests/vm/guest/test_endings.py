@@ -17,9 +17,8 @@ import pytest
 
 from dmakit import nvme, vfio
 from dmakit.errors import HostError
-from tests.vm.guest.support import FULL, IOMMU, KERNEL, LONG, NVME, PCI, kernel_nvme, modprobe, read_direct, until
+from tests.vm.guest.support import BACKENDS, FULL, IOMMU, LONG, NVME, PCI, kernel_nvme, modprobe, read_direct, until
 
-BACKENDS = ("type1", "iommufd") if KERNEL == "iommufd" else ("type1",)
 REASON = "in the full matrix (--vm full)"
 pytestmark = pytest.mark.skipif(not FULL and IOMMU != "vtd-lazy", reason=REASON)
 BDF = NVME[0]

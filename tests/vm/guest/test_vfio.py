@@ -25,8 +25,8 @@ from dmakit.platform.linux.kernel import Kernel
 from tests.support.edu import EDU_MASK, Edu, EduPort
 from tests.support.sweep import descriptors
 from tests.support.vfio.conversation import talk
-from tests.vm.guest.support import driver_of, kernel_nvme, traced, until
-from tests.vm.guest.vfio_support import BACKENDS, EDU, IOMMU, KERNEL, NVME, PAGE, bound, pinned
+from tests.vm.guest.support import IOMMU, KERNEL, driver_of, kernel_nvme, traced, until
+from tests.vm.guest.vfio_support import BACKENDS, EDU, NVME, PAGE, bound, pinned
 
 TO, FROM, BOTH = Direction.TO_DEVICE, Direction.FROM_DEVICE, Direction.BIDIRECTIONAL
 ROOT = Path(__file__).resolve().parents[3]

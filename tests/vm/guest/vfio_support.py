@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dmakit import vfio
+from tests.vm.guest import support
 
-KERNEL = os.environ.get("DMAKIT_VM_KERNEL", "")
-IOMMU = os.environ.get("DMAKIT_VM_IOMMU", "")
-BACKENDS = ("type1", "iommufd") if KERNEL == "iommufd" else ("type1",)
-NVME, EDU = "0000:00:04.0", "0000:00:10.0"
+BACKENDS, NVME, EDU = support.BACKENDS, support.NVME[0], support.EDU
 PAGE = 4096
 
 
