@@ -3,8 +3,8 @@
 A ``Mutation`` names a file, a text that occurs in it exactly once, what it becomes, and the tests that must go red.
 ``copy_tree`` copies what the tests need to a directory; ``caught`` applies the change there and runs pytest in a
 process of its own, interpreted: the tree under test is never touched. A mutation counts as caught only when a test
-*failed*: an import error, a collection error or a time-out is an error of the mutation. Each file of mutations also
-runs its tests in a copy without any, where they must pass.
+*failed*: an import error, a collection error or a time-out is an error of the mutation. The same tests
+must pass in a copy without any.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ TIMEOUT_S = 300
 
 @dataclass(frozen=True)
 class Mutation:
-    """``old`` in ``file`` (path from the root) becomes ``new``; ``tests`` (pytest arguments) must fail then."""
+    """``old`` in ``file`` (path from the root) becomes ``new``; ``tests`` (pytest arguments) must fail then.
+
+    Those that are tried ``always`` stand for the others, which a long run tries.
+    """
 
     name: str
     file: str
     old: str
     new: str
     tests: tuple[str, ...]
+    always: bool = False
 
 
 def copy_tree(target: Path) -> Path:

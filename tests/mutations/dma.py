@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from tests.mutations.harness import ROOT, Mutation, caught, copy_tree, origin, run_tests
+from tests.mutations.harness import Mutation
 
 TWO_STEP = ("tests/dma/test_two_step_features.py",)
 STREAMING = ("tests/dma/test_streaming.py",)
@@ -21,6 +17,7 @@ MUTATIONS = (
         "tail: cython.ulonglong = (phys + size) & self.core.granule_mask",
         "tail: cython.ulonglong = 0",
         TWO_STEP,
+        always=True,
     ),
     Mutation(
         "head-takes-a-whole-granule",
@@ -28,6 +25,7 @@ MUTATIONS = (
         "done = min(size, self.core.granule_mask + 1 - pad)",
         "done = min(size, self.core.granule_mask + 1)",
         TWO_STEP,
+        always=True,
     ),
     Mutation(
         "pads-are-not-cleared",
@@ -96,32 +94,3 @@ MUTATIONS = (
         TWO_STEP,
     ),
 )
-ALWAYS = ("tail-is-not-bounced", "head-takes-a-whole-granule")  # the others run with -m long
-
-
-@pytest.fixture(scope="module")
-def sound_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy without any mutation: it runs from its own sources, and its tests pass."""
-    tree = copy_tree(tmp_path_factory.mktemp("sound") / "tree")
-    assert origin(tree) == tree / "src" / "dmakit" / "__init__.py"
-    run = run_tests(tree, (*TWO_STEP, *STREAMING, *SCATTER))
-    assert run.returncode == 0, run.stdout[-3000:]
-    return tree
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_every_mutation_still_applies(mutation: Mutation) -> None:
-    assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
-
-
-@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name in ALWAYS], ids=lambda mutation: mutation.name)
-def test_a_broken_rule_turns_a_test_red(mutation: Mutation, sound_copy: Path, tmp_path: Path) -> None:
-    assert sound_copy.exists()
-    caught(mutation, copy_tree(tmp_path / "tree"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name not in ALWAYS], ids=lambda mutation: mutation.name)
-def test_another_broken_rule_turns_a_test_red(mutation: Mutation, sound_copy: Path, tmp_path: Path) -> None:
-    assert sound_copy.exists()
-    caught(mutation, copy_tree(tmp_path / "tree"))

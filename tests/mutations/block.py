@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from tests.mutations.harness import Mutation, caught, copy_tree, run_tests
+from tests.mutations.harness import Mutation
 
 ITERATOR = ("tests/block/test_dma_iter.py",)
 REQUESTS = ("tests/block/test_requests.py",)
@@ -21,6 +17,7 @@ MUTATIONS = (
         "merge_boundary >> (self.gap_bit - 1) == 0",
         "merge_boundary >> self.gap_bit == 0 or self.count > 2",
         ITERATOR,
+        always=True,
     ),
     Mutation(
         "gap-looks-at-starts-only",
@@ -82,26 +79,3 @@ MUTATIONS = (
         "sgl-segment-not-last", "src/dmakit/nvme/sgl.py", "_LAST_SEGMENT = 3 << 60", "_LAST_SEGMENT = 2 << 60", SGL
     ),
 )
-ALWAYS = ("gap-mask-rule",)  # the others run with -m long
-
-
-@pytest.fixture(scope="module")
-def sound_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy without any mutation, in which the tests pass."""
-    tree = copy_tree(tmp_path_factory.mktemp("sound") / "tree")
-    run = run_tests(tree, (*ITERATOR, *REQUESTS, *MAPPING, *PRP, *SGL))
-    assert run.returncode == 0, run.stdout[-3000:]
-    return tree
-
-
-@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name in ALWAYS], ids=lambda mutation: mutation.name)
-def test_a_broken_rule_turns_a_test_red(mutation: Mutation, sound_copy: Path, tmp_path: Path) -> None:
-    assert sound_copy.exists()
-    caught(mutation, copy_tree(tmp_path / "tree"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name not in ALWAYS], ids=lambda mutation: mutation.name)
-def test_another_broken_rule_turns_a_test_red(mutation: Mutation, sound_copy: Path, tmp_path: Path) -> None:
-    assert sound_copy.exists()
-    caught(mutation, copy_tree(tmp_path / "tree"))

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from tests.mutations.harness import ROOT, Mutation, caught, copy_tree, origin, run_tests
+from tests.mutations.harness import Mutation
 
 FUNCTIONS = ("tests/pci/test_functions.py", "-k", "soft")
 ACCESSES = ("tests/pci/test_accesses.py", "-k", "soft")
@@ -23,6 +19,7 @@ MUTATIONS = (
         "if self.port is None or not self.present or not self.config.masters:",
         "if self.port is None or not self.present:",
         FUNCTIONS,
+        always=True,
     ),
     Mutation(
         "messages-without-bus-mastering",
@@ -74,32 +71,3 @@ MUTATIONS = (
     ),
     Mutation("edu-keeps-its-line-high", EDU, "if not self.pending:", "if self.pending:", FUNCTIONS),
 )
-ALWAYS = ("memory-without-bus-mastering",)  # the others run with -m long
-
-
-@pytest.fixture(scope="module")
-def sound_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy without any mutation: it runs from its own sources, and its tests pass."""
-    tree = copy_tree(tmp_path_factory.mktemp("sound") / "tree")
-    assert origin(tree) == tree / "src" / "dmakit" / "__init__.py"
-    run = run_tests(tree, ("tests/pci",))
-    assert run.returncode == 0, run.stdout[-3000:]
-    return tree
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_every_mutation_still_applies(mutation: Mutation) -> None:
-    assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
-
-
-@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name in ALWAYS], ids=lambda mutation: mutation.name)
-def test_a_broken_rule_turns_a_test_red(mutation: Mutation, sound_copy: Path, tmp_path: Path) -> None:
-    assert sound_copy.exists()
-    caught(mutation, copy_tree(tmp_path / "tree"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name not in ALWAYS], ids=lambda mutation: mutation.name)
-def test_another_broken_rule_turns_a_test_red(mutation: Mutation, sound_copy: Path, tmp_path: Path) -> None:
-    assert sound_copy.exists()
-    caught(mutation, copy_tree(tmp_path / "tree"))

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from tests.mutations.harness import ROOT, Mutation, caught, copy_tree
+from tests.mutations.harness import Mutation
 
 SAME = "tests/steps/test_replay.py::test_with_the_defects_of_7_2_every_step_is_the_kernels"
 DOMAIN = "src/dmakit/iommu/domain.py"
@@ -18,6 +14,7 @@ MUTATIONS = (
         "gather.freelist == 0, cause, cpu)",
         "True, cause, cpu)",
         (f"{SAME}[unlink-strict]",),
+        always=True,
     ),
     Mutation(
         "replaced-table-waits-for-the-next-flush",
@@ -41,20 +38,3 @@ MUTATIONS = (
         (f"{SAME}[sg-module]",),
     ),
 )
-ALWAYS = ("IH-is-always-set",)  # the others run with -m long
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_every_mutation_still_applies(mutation: Mutation) -> None:
-    assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
-
-
-@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name in ALWAYS], ids=lambda mutation: mutation.name)
-def test_a_broken_rule_is_seen_in_a_step(mutation: Mutation, tmp_path: Path) -> None:
-    caught(mutation, copy_tree(tmp_path / "tree"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name not in ALWAYS], ids=lambda mutation: mutation.name)
-def test_another_broken_rule_is_seen_in_a_step(mutation: Mutation, tmp_path: Path) -> None:
-    caught(mutation, copy_tree(tmp_path / "tree"))
