@@ -27,37 +27,23 @@ CORE = runpy.run_path(str(PACKAGE / "_core.py"))
 MODULES: tuple[str, ...] = CORE["COMPILED_MODULES"]
 QUICKLY = ["-w", "-fno-gcse", "-fno-schedule-insns2"]  # looking for warnings and two passes: a fifth of gcc's time
 CFLAGS = ["-DNDEBUG", "-g0", "-fno-strict-aliasing", *QUICKLY]
-CALLERS = {
-    "dmakit._seal",
-    "dmakit.bench.pairs",
-    "dmakit.block.request",
-    "dmakit.clock",
-    "dmakit.dma.device",
-    "dmakit.dma.exact",
-    "dmakit.failpoint",
-    "dmakit.iommu.devtlb",
-    "dmakit.iommu.dirty",
-    "dmakit.iommu.faults",
-    "dmakit.iommu.invalidation",
-    "dmakit.iommu.port",
-    "dmakit.iommu.unit",
-    "dmakit.iova.exact",
-    "dmakit.lab.descriptors",
-    "dmakit.lab.flight",
-    "dmakit.lab.strategies",
-    "dmakit.nvme.pool",
-    "dmakit.nvme.ring",
-    "dmakit.p2p.state",
-    "dmakit.platform.linux.domain",
-    "dmakit.platform.linux.shadow",
-    "dmakit.trace.branch",
-    "dmakit.trace.midlife",
-    "dmakit.trace.operation",
-    "dmakit.trace.operations",
-    "dmakit.trace.rows",
-    "dmakit.trace.search",
-    "dmakit.trace.tally",
-    "dmakit.trace.timeline",
+EFFORT = {  # of the C compiler; for the others -O2
+    "-O3": """
+        bench.native dma.iova_state iommu.bitmap iommu.caches iommu.domain iommu.formats.base
+        iommu.formats.vtdss iommu.formats.x86_64 iommu.gather iommu.granularity iommu.iotlb iommu.lane
+        iommu.pagetable iommu.psc iommu.space iommu.translation iommu.tree iommu.walker memory.physical
+        nvme.lists nvme.prp nvme.sgl swiotlb.bounce trace.scanner
+    """,
+    "-O1": """
+        bench.pairs block.request clock dma.device failpoint iommu.devtlb iommu.port lab.engine lab.flight
+        lab.payload lab.sharing lab.strategies nvme.fetch nvme.iod nvme.pool nvme.ring trace.operation
+        trace.operations trace.rows trace.search
+    """,
+    "-Og": """
+        _seal dma.exact iommu.dirty iommu.faults iommu.invalidation iommu.unit iova.exact lab.descriptors
+        p2p.state platform.linux.domain platform.linux.shadow trace.branch trace.midlife trace.tally
+        trace.timeline
+    """,
 }
 SHARED = "dmakit._cyutility"
 ZIG = "ziglang"
@@ -110,22 +96,26 @@ def wanted() -> bool:
 
 def extensions() -> list[Extension]:
     """The hot modules as they stand in the tree, and the utility code that they share; C only when build_ext runs."""
+    if unknown := {f"dmakit.{name}" for names in EFFORT.values() for name in names.split()}.difference(MODULES):
+        raise SystemExit(f"EFFORT names what is not compiled: {', '.join(sorted(unknown))}")
     sources = {name: Path("src", *name.split(".")).with_suffix(".py") for name in MODULES}
     largest_first = sorted(MODULES, key=lambda name: sources[name].stat().st_size, reverse=True)
     listed = [
-        Extension(name, [str(sources[name])], extra_compile_args=[*CFLAGS, *effort(name)]) for name in largest_first
+        Extension(name, [str(sources[name])], extra_compile_args=[*CFLAGS, effort(name)]) for name in largest_first
     ]
     return [*listed, Extension(SHARED, [shared_c()], extra_compile_args=[*CFLAGS, "-O2"])]
 
 
-def effort(module: str) -> list[str]:
+def effort(module: str) -> str:
     """How hard the C compiler tries.
 
-    Modules that pass the work on (to other modules, to ioctls, to Python objects) run as fast from ``-O1``,
-    which compiles in half the time; the others need ``-O3``: the fills of page tables and lists take 1.4 times as
-    long from ``-O2``.
+    Loops over arrays (the fills of page tables and lists, the scans) take 1.4 times as long from ``-O2`` as from
+    ``-O3``. Modules that pass the work on (to other modules, to ioctls, to Python objects) run as fast from ``-O1``,
+    which compiles in half the time of ``-O3``, and those that nobody calls once a request may be slower by a tenth:
+    ``-Og`` takes two thirds of the time of ``-O1``.
     """
-    return ["-O1"] if module in CALLERS else ["-O3"]
+    name = module.removeprefix("dmakit.")
+    return next((level for level, names in EFFORT.items() if name in names.split()), "-O2")
 
 
 def shared_c() -> str:
@@ -145,13 +135,13 @@ def to_c(listed: list[Extension]) -> list[Extension]:
     from Cython.Build import cythonize
 
     shared = Path(shared_c())
-    if not shared.exists():
-        shared.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, "-m", "cython", f"--generate-shared={shared}"], check=True)
+    shared.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "cython", f"--generate-shared={shared}"]
+    making = None if shared.exists() else subprocess.Popen(command)
 
     def translate(workers: int) -> list[Extension]:
         return cythonize(
-            listed,
+            [extension for extension in listed if extension.name != SHARED],
             build_dir="build/cython",
             compiler_directives=DIRECTIVES,
             quiet=True,
@@ -163,9 +153,13 @@ def to_c(listed: list[Extension]) -> list[Extension]:
         )
 
     try:
-        return translate(os.cpu_count() or 1)
+        translated = translate(os.cpu_count() or 1)
     except (FileNotFoundError, PermissionError, NotImplementedError):
-        return translate(0)
+        translated = translate(0)
+    if making is not None and making.wait() != 0:
+        shared.unlink(missing_ok=True)
+        raise SystemExit(f"{' '.join(command)} ended with {making.returncode}")
+    return [*translated, *(extension for extension in listed if extension.name == SHARED)]
 
 
 class BuildCore(build_ext):
