@@ -69,6 +69,20 @@ def test_accesses_reach_the_model_in_their_width_and_only_while_it_decodes() -> 
         assert bar.read32(8) == 7
 
 
+def test_a_refused_access_of_64_bits_is_not_half_done() -> None:
+    model = Scratch()
+    with soft.Device.open(model) as device:
+        bar = device.bar(0)
+        for offset, value in ((0, 1 << 64), (0, -1), (PAGE - 4, 1), (2, 1), (-4, 1)):
+            with pytest.raises(MisuseError, match="^region 0: (an access of 4 bytes at |value=.* does not fit)"):
+                bar.write64(offset, value)
+        with pytest.raises(MisuseError, match="^region 0: an access of 4 bytes at 0x1000 must be aligned"):
+            bar.read64(PAGE - 4)
+        assert model.seen == []
+        bar.write64(4, 0x1_0000_0002)
+        assert bar.read64(4) == 0x1_0000_0002 and model.words[1:3] == [2, 1]
+
+
 def test_memory_in_a_bar_is_memory_of_the_machine() -> None:
     with machine() as made:
         peer, edu = soft.Device.open(Scratch(), machine=made), soft.Device.open(soft.Edu(), machine=made, mask=EDU_MASK)

@@ -63,6 +63,10 @@ class Registers(ABC):
                 f" bytes, inside {self.size:#x} bytes"
             )
 
+    def _fits(self, value: int, width: int) -> None:
+        if not 0 <= value < 1 << 8 * width:
+            raise MisuseError(f"region {self.index}: value={value:#x} does not fit into {width} bytes")
+
     def read(self, offset: int, width: int = 4) -> int:
         """A register of ``width`` bytes."""
         self._check(offset, width)
@@ -74,8 +78,7 @@ class Registers(ABC):
     def write(self, offset: int, value: int, width: int = 4) -> None:
         """Set a register of ``width`` bytes."""
         self._check(offset, width)
-        if not 0 <= value < 1 << 8 * width:
-            raise MisuseError(f"region {self.index}: value={value:#x} does not fit into {width} bytes")
+        self._fits(value, width)
         view = self._views.get(width)
         if view is not None and offset // width < len(view):
             view[offset // width] = value
@@ -92,10 +95,13 @@ class Registers(ABC):
 
     def read64(self, offset: int) -> int:
         """A 64-bit register, as two 32-bit accesses, low half first (which every device takes)."""
+        self._check(offset + 4, 4)
         return self.read(offset, 4) | self.read(offset + 4, 4) << 32
 
     def write64(self, offset: int, value: int) -> None:
         """Set a 64-bit register, as two 32-bit accesses, low half first."""
+        self._fits(value, 8)
+        self._check(offset + 4, 4)
         self.write(offset, value & 0xFFFF_FFFF, 4)
         self.write(offset + 4, value >> 32, 4)
 
