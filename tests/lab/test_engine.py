@@ -277,6 +277,13 @@ def test_requests_that_share_are_found_in_any_order_of_completion(pages: list[tu
     assert overlapping(Workload("x", requests, events)) == expected
 
 
+def test_an_end_without_a_beginning_ends_nothing() -> None:
+    """As in the engine: what is not in flight gives back no memory."""
+    requests = Requests(IoRequest(n, "write", Layout.of(((0x1000, 4096),))) for n in range(2))
+    events = [(COMPLETE, 0), (SUBMIT, 1), (COMPLETE, 1), (COMPLETE, 1), (SUBMIT, 0), (COMPLETE, 0)]
+    assert overlapping(Workload("x", requests, events)) == set()
+
+
 def test_the_rows_of_both_phases_are_all_rows() -> None:
     found = by_engine(made(FioSpec(requests=3), Options(), "page", False, -1, []), "page")
     assert set(found["submission"]) == set(found["completion"]) == {row.name for row in ROWS}

@@ -59,7 +59,9 @@ class Sharing:
             layout = self.which[position]
             if kinds[at] == _COMPLETE:
                 for i in range(self.bounds[layout], self.bounds[layout + 1]):
-                    self.held[self.atoms[i]] -= 1
+                    atom = self.atoms[i]
+                    if self.held[atom] > 0:  # an end without a beginning gives nothing back
+                        self.held[atom] -= 1
                 continue
             if not flagging and self._taken(layout):
                 return at
