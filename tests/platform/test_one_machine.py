@@ -24,10 +24,11 @@ from dmakit.dma.batch import (
 )
 from dmakit.dma.checker import ContractChecker
 from dmakit.dma.direction import Direction
-from dmakit.errors import DmakitError
+from dmakit.errors import DmakitError, MisuseError
 from dmakit.iommu.bitmap import Bitmap
 from dmakit.iommu.dirty import LeafBitScan
 from dmakit.iommu.gather import Gather
+from dmakit.iommu.pagetable import PageTable
 from dmakit.platform.soft import Machine
 
 PAGE, MIB = 4096, 1 << 20
@@ -155,6 +156,41 @@ def test_every_call_waits_for_whoever_has_the_turn() -> None:
         thread.join(SOON)
     assert sorted(ended) == sorted(ways)
     assert not wrong
+
+
+def test_what_a_call_saw_before_it_waited_is_looked_at_again() -> None:
+    """Two threads end the same thing while a third has the turn: the one that comes second finds it ended."""
+    machine = Machine(ram="64M", swiotlb=0, cpus=3)
+    device, unit = machine.device("nvme0"), machine.unit
+    domain, iovad = device.domain, device.iovad
+    lone = PageTable(domain.table.fmt, domain.tables, levels=4)
+    lone.map(0, 0, PAGE, RW, Gather())
+    ended = unit.attach(lone.fmt, lone.root, 4)
+    twice: dict[str, Callable[[], object]] = {
+        "set_online": lambda: iovad.set_online(1, False),
+        "destroy": lambda: lone.destroy(),
+        "detach": lambda: domain.detach(),
+        "unit.detach": lambda: unit.detach(ended),
+    }
+    refused = []
+
+    def run(name: str) -> None:
+        try:
+            twice[name]()
+        except MisuseError as error:
+            refused.append((name, str(error)))
+
+    threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in [*twice, *twice]]
+    with machine.ledger.turn:
+        for thread in threads:
+            thread.start()
+        threads[0].join(0.2)
+    for thread in threads:
+        thread.join(SOON)
+    assert refused == [("unit.detach", f"did={ended}: no domain with this id is attached")]
+    assert iovad.online_cpus == 2
+    assert machine.live()["table_pages"] == 0
+    assert machine.ledger.snapshot()["tables_allocated"] == machine.ledger.snapshot()["tables_freed"]
 
 
 def churn(machine: Machine, me: int, rounds: int) -> int:

@@ -436,11 +436,12 @@ class Device(Windows):
     def iova_to_phys(self, addr: SupportsIndex) -> int:
         """What the device's address ``addr`` leads to by the tables (0 = nothing); the address itself when direct."""
         place: cython.longlong = exact(addr)
-        self.ledger._alone()
         if place >= 0 and self.translating:
+            self.ledger._alone()
             answer: cython.ulonglong = self.domain._iova_to_phys(place)
             return answer
         start, _ = checked_range("iova_to_phys", addr, 1)
+        self.ledger._alone()
         return int(self.domain._iova_to_phys(start)) if self.translating else start
 
     def leaf_across(self, addr: SupportsIndex) -> bool:

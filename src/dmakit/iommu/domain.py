@@ -196,9 +196,9 @@ class PageTableDomain(Domain):
 
     def detach(self, *, cpu: SupportsIndex = 0) -> None:
         """Give up the domain id and free every table; a second call does nothing."""
-        if self.table.root != 0:
-            on = self._on_cpu(cpu)
-            with self.ledger.turn:
+        on = self._on_cpu(cpu)
+        with self.ledger.turn:
+            if self.table.root != 0:
                 self.unit.detach(int(self.did), cpu=on)
                 self.table.destroy()
 

@@ -81,10 +81,10 @@ class TableTree:
 
     def destroy(self) -> None:
         """Free every table, the root included; nothing may walk them any more. A second call does nothing."""
-        if self.root == 0:
-            return
         gather = Gather()
         self.ledger._alone()
+        if self.root == 0:
+            return
         self._defer_tree(self.root, self.levels, gather)
         self.tables._free_list(gather.freelist)
         self.root = 0

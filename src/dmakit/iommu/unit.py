@@ -185,6 +185,7 @@ class IommuUnit(Translator):
 
     def _check_did(self, did: SupportsIndex) -> int:
         number = within("did", did, 0, 65535)
+        self.ledger._alone()
         if number >= self.walker.domains or self.walker.contexts[number * CTX_WORDS + CTX_LEVELS] == 0:
             raise MisuseError(f"did={number}: no domain with this id is attached")
         return number

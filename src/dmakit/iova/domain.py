@@ -150,13 +150,13 @@ class IovaDomain(IovaAllocator):
 
     def set_online(self, cpu: SupportsIndex, online: object) -> None:
         """Take a CPU off line (its magazines go back to the tree) or on line again."""
-        cpu = within("cpu", cpu, 0, self.cpus - 1)
-        if bool(self._online[cpu]) == bool(online):
-            return
+        cpu, online = within("cpu", cpu, 0, self.cpus - 1), bool(online)
         self.ledger._alone()
+        if bool(self._online[cpu]) == online:
+            return
         if not online and self.online_cpus == 1:
             raise MisuseError(f"cpu={cpu}: is the last CPU on line")
-        self._online[cpu] = bool(online)
+        self._online[cpu] = online
         self.online_cpus += 1 if online else -1
         if not online:
             self._drain_cpu(cpu, cpu)

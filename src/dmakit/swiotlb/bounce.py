@@ -110,6 +110,7 @@ class Swiotlb:
         """Let later mappings use ``pool`` too; it is asked first."""
         if not isinstance(pool, SwiotlbPool):
             raise TypeError(f"pool={pool!r}: must be a SwiotlbPool")
+        self.ledger._alone()
         self._widen(pool)
         self.pools.insert(0, pool)
         self.alone = len(self.pools) == 1 and not self.transients
