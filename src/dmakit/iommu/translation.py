@@ -11,8 +11,8 @@ tables are walked; a cached *not-present* entry, which exists only in caching mo
   (of the domain), a block does so for its range when IH = 0 and spares it when IH = 1;
 * device-TLB requests go to the TLB of the named requester.
 
-Invariant: once a covering request was executed, no cache answers from before. One unit serves one thread at a time;
-batches run without the GIL. Source: VT-d specification, chapters 4, 6 and 7.
+Invariant: once a covering request was executed, no cache answers from before. Threads take turns (``turn``); batches
+run without the GIL. Source: VT-d specification, chapters 4, 6 and 7.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ class Translator:
     @property
     def faults(self) -> list[FaultRecord]:
         """The fault records, oldest first."""
+        self.ledger._alone()
         return list(self.fault_log.records())
 
     @property
@@ -138,6 +139,7 @@ class Translator:
 
     def clear_faults(self) -> None:
         """What a fault handler does when it has read the records."""
+        self.ledger._alone()
         self.fault_log.clear()
 
     def _resolve(self, did: cython.int, iova: cython.ulonglong, write: cython.bint) -> cython.ulonglong:

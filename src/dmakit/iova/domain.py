@@ -173,6 +173,7 @@ class IovaDomain(IovaAllocator):
             ledger=self.ledger,
             fail=self.fail,
         )
+        self.ledger._alone()
         twin.search._become(self.search)
         twin.rcaches._become(self.rcaches)
         twin._online[:] = self._online
@@ -181,6 +182,7 @@ class IovaDomain(IovaAllocator):
 
     def fingerprint(self) -> int:
         """A hash of the whole state, for comparisons in this process: equal domains answer every later call alike."""
+        self.ledger._alone()
         return hash((self.search.fingerprint(), self.rcaches.fingerprint(), bytes(self._online)))
 
     def adopt(self, pfn: int, size: int) -> str:
@@ -222,6 +224,7 @@ class IovaDomain(IovaAllocator):
 
     def nodes(self) -> list[tuple[int, int]]:
         """Allocated ranges (lo, hi), cached and reserved ones included, ascending, the anchor left out."""
+        self.ledger._alone()
         return self.search.tree.nodes()
 
     def magazines(self, cpu: SupportsIndex, order: SupportsIndex) -> tuple[list[int], list[int]]:
@@ -229,6 +232,7 @@ class IovaDomain(IovaAllocator):
         cpu = within("cpu", cpu, 0, self.cpus - 1)
         slot = cpu * IOVA_RANGE_CACHE_MAX_SIZE + within("order", order, 0, IOVA_RANGE_CACHE_MAX_SIZE - 1)
         pool = self.rcaches.pool
+        self.ledger._alone()
         return pool.content(self.rcaches.loaded[slot]), pool.content(self.rcaches.prev[slot])
 
     def depot_sizes(self) -> list[int]:
@@ -237,6 +241,7 @@ class IovaDomain(IovaAllocator):
 
     def cached_pfns(self) -> list[tuple[int, int]]:
         """Every range in a magazine or depot as (pfn, size), ascending."""
+        self.ledger._alone()
         return sorted((pfn, 1 << order) for pfn, order in self.rcaches.contents())
 
     # Arguments ---------------------------------------------------------------------------------------------------

@@ -95,8 +95,8 @@ class CallbackTarget(FlushTarget):
 class FlushQueue:
     """The queue of one domain; ExhaustedError when there is no memory for its rings (the domain stays strict then).
 
-    One thread at a time uses a queue, together with its domain: nothing here locks (the ledger counts the locks that
-    Linux takes). A target's callbacks must not call the queue.
+    Nothing here locks: its calls take turns, as those of its domain (the ledger counts the locks that Linux takes).
+    A target's callbacks must not call the queue.
 
     ``clock`` may be None: then the timer only runs when ``timeout`` is called.
     """
@@ -187,6 +187,7 @@ class FlushQueue:
     def waiting(self) -> list[tuple[int, int]]:
         """Every queued range as (pfn, pages), oldest first, ring by ring."""
         found = []
+        self.ledger._alone()
         for ring in range(self.rings):
             for i in range(self.entries(ring)):
                 at = ring * self.size + (self.head[ring] + i) % self.size
