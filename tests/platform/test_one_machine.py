@@ -27,6 +27,7 @@ from dmakit.dma.direction import Direction
 from dmakit.errors import DmakitError, MisuseError
 from dmakit.iommu.bitmap import Bitmap
 from dmakit.iommu.dirty import LeafBitScan
+from dmakit.iommu.domain import PageTableDomain
 from dmakit.iommu.gather import Gather
 from dmakit.iommu.pagetable import PageTable
 from dmakit.platform.soft import Machine
@@ -199,6 +200,23 @@ def test_what_a_call_saw_before_it_waited_is_looked_at_again() -> None:
     assert iovad.online_cpus == 2
     assert machine.live()["table_pages"] == 0
     assert machine.ledger.snapshot()["tables_allocated"] == machine.ledger.snapshot()["tables_freed"]
+
+
+@pytest.mark.skipif(_core.status()["running"] == "compiled", reason="compiled loops cannot be interrupted")
+@pytest.mark.parametrize("call", ["domain.map, large", "domain.unmap, large", "LeafBitScan", "translate_many"])
+def test_an_interrupted_call_gives_the_turn_back(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(ram="64M", swiotlb="2M", mode="lazy")
+    ways = calls(machine)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for owner, name in ((PageTableDomain, "_map"), (PageTableDomain, "_unmap"), (LeafBitScan, "_run")):
+        monkeypatch.setattr(owner, name, interrupted)
+    monkeypatch.setattr(type(machine.unit), "_translate_many", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ways[call]()
+    assert not machine.ledger.turn.taken
 
 
 def churn(machine: Machine, me: int, rounds: int) -> int:

@@ -90,11 +90,8 @@ class LeafBitScan:
 
     def run(self) -> int:
         """Scan; the number of leaves whose bit was set. Compiled, it runs without the GIL."""
-        turn = self.table.ledger.turn
-        turn._take()
-        with cython.nogil:
+        with self.table.ledger.turn, cython.nogil:
             self._run()
-        turn._give()
         return int(self.found)
 
     def _run(self) -> cython.longlong:

@@ -235,9 +235,11 @@ class Domain(FlushTarget):
             self.ledger._alone()
             return self._map(iova, phys, size, prot, cpu)
         self.ledger.turn._take()
-        with cython.nogil:
-            error = self._map(iova, phys, size, prot, cpu)
-        self.ledger.turn._give()
+        try:
+            with cython.nogil:
+                error = self._map(iova, phys, size, prot, cpu)
+        finally:
+            self.ledger.turn._give()
         return error
 
     def _unmap_undisturbed(
@@ -252,11 +254,13 @@ class Domain(FlushTarget):
                 self._flush(gather, cpu)
             return removed
         self.ledger.turn._take()
-        with cython.nogil:
-            removed = self._unmap(iova, size, gather)
-            if flush:
-                self._flush(gather, cpu)
-        self.ledger.turn._give()
+        try:
+            with cython.nogil:
+                removed = self._unmap(iova, size, gather)
+                if flush:
+                    self._flush(gather, cpu)
+        finally:
+            self.ledger.turn._give()
         return removed
 
     # internals ---------------------------------------------------------------------------------------------------
