@@ -55,9 +55,10 @@ def test_every_verb_explains_itself(verb: str, capsys: Any) -> None:
     assert stop.value.code == 0 and f"usage: dmakit {verb}" in capsys.readouterr().out
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = "import sys; from dmakit.cli.main import run\ntry: run(['--help'])\nexcept SystemExit: pass\n"
-    code += "print([m for m in ('numpy', 'rich', 'cython', 'dmakit.lab') if m in sys.modules])"
+@pytest.mark.parametrize("words", [["--help"], ["vfio", "list"]])
+def test_what_needs_no_mapping_code_imports_nothing_heavy(words: list[str]) -> None:
+    code = f"import sys; from dmakit.cli.main import run\ntry: run({words})\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('numpy', 'rich', 'cython', 'dmakit.lab', 'dmakit.dma') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.splitlines()[-1] == "[]"
 
