@@ -17,6 +17,7 @@ from dmakit.dma.batch import (
     unmap_many,
 )
 from dmakit.dma.direction import Direction
+from dmakit.dma.iova_state import IovaState
 from dmakit.errors import ExhaustedError, MisuseError
 from tests.dma.world import PAGE, Counted, leaves, needs_unmap_by_the_page, world
 
@@ -142,6 +143,26 @@ def test_what_is_no_range_is_refused_before_anything_is_done(bad: tuple[int, int
     assert spent == dict.fromkeys(spent, 0)
     assert device.iova_to_phys(addr) == page
     device.unmap_phys(addr, PAGE, TO)
+
+
+@pytest.mark.parametrize("bad", [(0, 0), ((1 << 64) - PAGE, 2 * PAGE)])
+def test_no_piece_is_linked_when_one_is_no_range(bad: tuple[int, int]) -> None:
+    """The pieces before it were linked, counted and unlinked again."""
+    machine, device = world()
+    page = machine.pages.alloc()
+    with device.try_alloc(0, 8 * PAGE) as state:
+        with Counted(machine) as spent, pytest.raises(MisuseError) as caught:
+            link_many(state, array("Q", [page, bad[0], page]), array("Q", [PAGE, bad[1], PAGE]), TO)
+        text = f"[{bad[0]}, +{bad[1]}): must be a non-empty range of 64-bit addresses"
+        assert str(caught.value) == f"link_many: item 1: {text}"
+        assert spent == dict.fromkeys(spent, 0)
+
+
+@pytest.mark.parametrize("call", [link_many, sync_many, unlink_many])
+def test_a_state_that_no_device_gave_out_is_refused(call: Any) -> None:
+    with pytest.raises(MisuseError) as caught:
+        call(IovaState(), array("Q"), array("Q"), *(() if call is sync_many else (TO,)), cpu=0)
+    assert str(caught.value) == f"{call.__name__}: this state has no live window (never allocated, freed or destroyed)"
 
 
 def test_a_batch_without_a_direction_is_refused_as_the_scalar_call_is() -> None:

@@ -208,6 +208,8 @@ def link_many(
     at = offset if begin is None else begin
     with state.core.ledger.turn:
         start, total = state._check_range("link_many", at, known if known != _ALL_ONES else sum(lengths))
+        if not state.core.unchecked:
+            _check_ranges("link_many", places, lengths)
         done = int(_link_run(state, places, lengths, start, way, how, on))
         if done < len(places):
             error, linked = int(state.core.error), int(_bytes(lengths, done))
@@ -221,8 +223,8 @@ def link_many(
 
 def sync_many(state: IovaState, offsets: object, sizes: object, *, cpu: SupportsIndex | None = None) -> None:
     """``state.sync`` for each range of the window; where the domain refuses one, the error for the first at the end."""
-    on = state._on_cpu(cpu)
     starts, lengths = _inside("sync_many", state, offsets, sizes)
+    on = state._on_cpu(cpu)
     with state.core.ledger.turn:
         state._check_alive("sync_many")
         failed = _each(state, starts, lengths, True, 0, 0, on)
@@ -245,8 +247,9 @@ def unlink_many(
     A range that would cut what goes only as a whole stays linked: the error of ``unlink``, naming the first such item,
     when the others are gone.
     """
-    way, how, on = checked_direction(direction), checked_attrs(attrs), state._on_cpu(cpu)
+    way, how = checked_direction(direction), checked_attrs(attrs)
     starts, lengths = _inside("unlink_many", state, offsets, sizes)
+    on = state._on_cpu(cpu)
     first = 0
     gone: list[tuple[int, int]] = []
     with state.core.ledger.turn:

@@ -67,6 +67,7 @@ class IovaWindow:
     """One window of IOVAs of the device ``core``."""
 
     def __init__(self) -> None:
+        self.core: MapCore = None  # type: ignore[assignment]  # until a device opens it
         self.addr = 0
         self.size_word = 0
         self.filled = 0
