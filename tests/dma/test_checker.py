@@ -267,6 +267,15 @@ def test_a_stopped_breach_has_changed_nothing() -> None:
     world.device.release()
 
 
+def test_a_refused_unmap_of_a_list_leaves_it_mapped_for_the_checker_too() -> None:
+    w = build("raise")
+    sg = w.device.map_sg([(w.pages[0], PAGE)], BIDI)
+    with pytest.raises(MisuseError, match=r"^cpu=999: must be 0 to 0, a CPU of the machine$"):
+        w.device.unmap_sg(sg, cpu=999)
+    w.device.unmap_sg(sg)
+    w.device.release()
+
+
 def test_a17_the_alignment_contract_is_kept_by_errors_and_named_by_the_checker() -> None:
     """A bad start is -EIO from link itself, a bad interior end only the checker sees; the entries stay as they were."""
     plain = build("collect", {"checker": None})

@@ -305,12 +305,13 @@ class Device(Windows):
 
     def unmap_sg(self, sg: SgMapping, *, cpu: SupportsIndex = 0) -> None:
         """Undo ``map_sg``."""
+        on = checked_cpu(cpu, self.ledger.cpus)
         with self.ledger.turn:
             if not sg.live:
                 raise MisuseError("unmap_sg: this list is not mapped", rule="double-unmap")
             if self.checker is not None:
                 self.checker.unmapping_sg(self, sg)
-            self._sg_run(sg, checked_cpu(cpu, self.ledger.cpus), False)
+            self._sg_run(sg, on, False)
 
     def sync_sg_for_cpu(self, sg: SgMapping) -> None:
         """Let the CPU read what the device wrote to a live list."""
