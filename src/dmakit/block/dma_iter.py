@@ -291,7 +291,9 @@ class BlkDmaIter:
             mapped += self.walk.size
             if not self.walk._next():
                 break
-        self.window._sync(0, mapped, self.cpu)
+        failed = self.window._sync(0, mapped, self.cpu)
+        if failed != 0:
+            return self._link_refused(failed, mapped)
         if self.opened is not None:
             self.opened._note_run(mapped, self.direction, self.attrs)
         self.mapped = mapped

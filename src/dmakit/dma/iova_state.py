@@ -189,7 +189,9 @@ class IovaState(IovaWindow):
     ) -> None:
         """Make everything linked in [offset, offset+size) known to the hardware (``dma_iova_sync``); default: all."""
         if size is not None and self._quick(offset, size, 0, 0, cpu) and self.length > 0:
-            self._sync(self.start, self.length, self.on)
+            failed: cython.int = self._sync(self.start, self.length, self.on)
+            if failed != 0:
+                raise link_error(self.core, failed, 0, int(self.start), int(self.length), 0, 0)
             return
         self._check_alive("sync")
         with self.core.ledger.turn:

@@ -253,15 +253,21 @@ class Windows(Scatter):
         attrs: cython.int,
         cpu: cython.int,
     ) -> cython.Py_ssize_t:
-        """Link the pieces into a fresh window and sync; on failure it is destroyed, and the piece is returned."""
+        """Link the pieces into a fresh window and sync; on failure it is destroyed, and the piece is returned.
+
+        A sync that fails is the last piece's."""
         done: cython.Py_ssize_t = window._link_pieces(phys, sizes, first, end, 0, direction, attrs, cpu)
-        if done < end:
-            why: cython.int = self.error
-            window._destroy(self._total(phys, sizes, first, done), direction, attrs, cpu)
-            self.error = why
-            return done
-        window._sync(0, total, cpu)
-        return end
+        why: cython.int = self.error
+        if done == end:
+            why = window._sync(0, total, cpu)
+            if why == 0:
+                return end
+            done = end - 1
+        else:
+            total = self._total(phys, sizes, first, done)
+        window._destroy(total, direction, attrs, cpu)
+        self.error = why
+        return done
 
     def _map_run(
         self,
