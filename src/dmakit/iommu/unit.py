@@ -148,7 +148,6 @@ class IommuUnit(Translator):
     def attach_devtlb(self, devtlb: DeviceTlb, did: int) -> None:
         """Enable ATS for a device of the domain: flushes of the domain then reach its TLB."""
         self._check_did(did)
-        self.ledger._alone()
         if any(other.source == devtlb.source for other in self.devtlbs):
             raise MisuseError(f"source={devtlb.source:#x}: this requester's TLB is attached already")
         devtlb.did = did
