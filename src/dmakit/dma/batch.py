@@ -223,8 +223,9 @@ def link_many(
 
 def sync_many(state: IovaState, offsets: object, sizes: object, *, cpu: SupportsIndex | None = None) -> None:
     """``state.sync`` for each range of the window; where the domain refuses one, the error for the first at the end."""
+    state._check_alive("sync_many")
+    on = state._on_cpu(cpu)  # before the ranges are looked at: what answers may change them
     starts, lengths = _inside("sync_many", state, offsets, sizes)
-    on = state._on_cpu(cpu)
     with state.core.ledger.turn:
         state._check_alive("sync_many")
         failed = _each(state, starts, lengths, True, 0, 0, on)
@@ -247,9 +248,9 @@ def unlink_many(
     A range that would cut what goes only as a whole stays linked: the error of ``unlink``, naming the first such item,
     when the others are gone.
     """
-    way, how = checked_direction(direction), checked_attrs(attrs)
+    state._check_alive("unlink_many")
+    way, how, on = checked_direction(direction), checked_attrs(attrs), state._on_cpu(cpu)
     starts, lengths = _inside("unlink_many", state, offsets, sizes)
-    on = state._on_cpu(cpu)
     first = 0
     gone: list[tuple[int, int]] = []
     with state.core.ledger.turn:
@@ -280,7 +281,6 @@ def _each(
 def _inside(call: str, state: IovaState, offsets: object, sizes: object) -> tuple[memoryview[int], memoryview[int]]:
     """Two arrays of ranges that lie in the state's window; MisuseError naming the first that does not."""
     starts, lengths = _pairs(offsets, sizes, "offsets")
-    state._check_alive(call)
     if state.core.unchecked:
         return starts, lengths
     at = int(_beyond(starts, lengths, state.size - 1))
