@@ -57,6 +57,12 @@ class Identity:
     express: bool = False
 
     def __post_init__(self) -> None:
+        for name, value, bits in (
+            ("vendor", self.vendor, 16), ("device", self.device, 16), ("class_code", self.class_code, 24),
+            ("revision", self.revision, 8), *(("subsystem", part, 16) for part in self.subsystem),
+        ):  # fmt: skip
+            if not 0 <= value < 1 << bits:
+                raise MisuseError(f"{name}={value:#x}: must fit into {bits} bits")
         if self.msi and (self.msi > 32 or self.msi & (self.msi - 1)) or not 0 <= self.msix <= 2048:
             raise MisuseError(f"msi={self.msi}, msix={self.msix}: a power of two up to 32, and up to 2048")
         slots = [at for index, bar in self.all_bars().items() for at in range(index, index + 1 + bar.memory)]
