@@ -13,6 +13,7 @@ import pytest
 
 from dmakit.errors import MisuseError, UnsupportedError
 from tests.pci.world import EDU, NVME, PAGE, PLATFORMS, bring_up, taken
+from tests.support.edu import EDU_MASK
 
 everywhere = pytest.mark.parametrize("platform", PLATFORMS)
 COMMAND, STATUS, BAR0, MSI, MSIX = 0x04, 0x06, 0x10, 5, 17
@@ -40,6 +41,31 @@ def test_who_it_is(platform: str) -> None:
         assert str(misused.value) == f"region 9: {EDU} has regions 0 to 8"
         assert not device.wanted_back and not device.failed
         device.check()
+
+
+@everywhere
+def test_a_closed_function_is_out_of_reach(platform: str) -> None:
+    """Its slot, and the number of its file, may be somebody else's by now."""
+    with taken(platform) as (machine, device):
+        bar, config = device.bar(0), device.config
+        device.close()
+        with machine.open(EDU, mask=EDU_MASK) as other:
+            other.set_bus_master(True)
+            other.bar(0).write32(4, 5)
+            for call in (
+                lambda: bar.read32(4),
+                lambda: bar.write32(4, 1),
+                lambda: config.write(COMMAND, 0, 2),
+                lambda: device.set_bus_master(False),
+                lambda: device.bar(0),
+                device.interrupt_counts,
+                device.interrupts,
+                device.reset,
+            ):
+                with pytest.raises(MisuseError) as caught:
+                    call()
+                assert str(caught.value) == f"{EDU} is closed"
+            assert other.config.bus_master and other.bar(0).read32(4) == ~5 & 0xFFFF_FFFF
 
 
 @everywhere

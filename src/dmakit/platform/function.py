@@ -45,12 +45,17 @@ class PciFunction(ABC):
         self.owns_machine = owns_machine
         self.bdf = info.bdf
         self.regions: dict[int, Any] = {}
-        self.closed = False
+        self.closed = self.given_back = False
         self.notices = Notices(eventfds, self.bdf)
         self._interrupts: Interrupts | None = None
 
     def __str__(self) -> str:
         return self.bdf
+
+    def _held(self) -> None:
+        """MisuseError when it was given back: its slot, and the number of its file, may be somebody else's by now."""
+        if self.given_back:
+            raise MisuseError(f"{self} is closed")
 
     # Registers ------------------------------------------------------------------------------------------------
 
@@ -65,6 +70,7 @@ class PciFunction(ABC):
 
     def region(self, index: int) -> Registers:
         """Region ``index`` (0 to 5 = BARs, 6 = ROM, 7 = configuration), mapped where that can be."""
+        self._held()
         if index not in self.regions:
             if not 0 <= index < self.region_count:
                 raise MisuseError(f"region {index}: {self} has regions 0 to {self.region_count - 1}")
@@ -94,10 +100,12 @@ class PciFunction(ABC):
 
     def interrupt_counts(self) -> dict[str, int]:
         """How many vectors of each kind the device has."""
+        self._held()
         return {kind: self.irqs.count(kind) for kind in KINDS}
 
     def interrupts(self, count: int = 1, kind: str = "") -> Interrupts:
         """Switch on ``count`` vectors of ``kind`` (default: the best that has so many: msix, msi, intx)."""
+        self._held()
         if self._interrupts is not None:
             self._interrupts.close()
         if not kind:
@@ -155,6 +163,7 @@ class PciFunction(ABC):
             self._interrupts.close()
         self._let_go()
         self.machine.give_back(self)
+        self.given_back = True
         self.notices.close()
         if self.owns_machine:
             self.machine.close()

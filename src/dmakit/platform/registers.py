@@ -57,6 +57,8 @@ class Registers(ABC):
         self._views = {width: view.cast("B").cast(code) for width, code in CODES.items()}
 
     def _check(self, offset: int, width: int) -> None:
+        if self.owner.given_back:
+            raise MisuseError(f"{self.owner} is closed")
         if width not in CODES or offset < 0 or offset % width or offset + width > self.size:
             raise MisuseError(
                 f"region {self.index}: an access of {width} bytes at {offset:#x} must be aligned, of 1, 2, 4 or 8"

@@ -95,6 +95,7 @@ class Device(PciFunction):
 
     def reset(self) -> None:
         """Reset the function: it stops, and forgets what its registers held; UnsupportedError when it cannot be."""
+        self._held()
         if not self.facts.flags & uapi.DEVICE_RESET:
             raise UnsupportedError(f"{self} cannot be reset alone (no FLR, no power management, not alone on its bus)")
         self.kernel.ioctl(self.fd, "VFIO_DEVICE_RESET")

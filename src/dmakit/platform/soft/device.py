@@ -113,6 +113,7 @@ class Device(PciFunction):
 
     def reset(self) -> None:
         """Reset the function, as an FLR does; a software function always can be."""
+        self._held()
         self.function.reset()
 
     def _let_go(self) -> None:
