@@ -51,7 +51,7 @@ class Function:
         self._line = self._masked = False
         self.config = Config(self.identity, self._places)
         model.plugged(self)
-        self._reset_model()
+        self.reset()
 
     def __str__(self) -> str:
         return self.bdf
@@ -151,12 +151,12 @@ class Function:
 
     def reset(self) -> None:
         """What an FLR does: the model is as after power-on, the line low. Configuration and interrupts stay."""
-        self.set_line(False)
-        self._reset_model()
-
-    def _reset_model(self) -> None:
         with contextlib.suppress(FaultError):
-            self.model.reset()
+            self._power_on()
+
+    def _power_on(self) -> None:
+        self.set_line(False)
+        self.model.reset()
 
     def leave(self) -> None:
         """Nobody has it open any more: deaf, dumb, reset."""
