@@ -188,6 +188,20 @@ def test_an_interrupt_is_waited_for_whatever_the_number_of_its_descriptor(monkey
             interrupt.wait()
 
 
+def test_a_vector_that_is_switched_off_is_nobodys() -> None:
+    """The number of its eventfd is given out again, most likely to the vector that comes in its place."""
+    model = Scratch()
+    with soft.Device.open(model) as device:
+        old = device.interrupts(1, "intx")[0]
+        new = device.interrupts(1, "intx")[0]
+        model.function.set_line(True)
+        for call in (old.fileno, old.take, old.wait, old.unmask):
+            with pytest.raises(MisuseError) as caught:
+                call()
+            assert str(caught.value) == "intx vector 0 is switched off"
+        assert new.take() == 1
+
+
 def test_the_line_tells_of_itself_in_the_status_register() -> None:
     model = Scratch()
     with soft.Device.open(model) as device:

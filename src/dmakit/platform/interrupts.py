@@ -49,12 +49,14 @@ class Interrupt:
         self.owner, self.vector, self.fd = owner, vector, fd
 
     def fileno(self) -> int:
-        """The eventfd, for select and event loops."""
+        """The eventfd, for event loops; MisuseError once the vector is off: its number may be another's by then."""
+        if self.fd < 0:
+            raise MisuseError(f"{self.owner.kind} vector {self.vector} is switched off")
         return self.fd
 
     def take(self) -> int:
         """How often it fired since the last call, without waiting."""
-        return self.owner.eventfds.take_events(self.fd, 0)
+        return self.owner.eventfds.take_events(self.fileno(), 0)
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait up to ``timeout`` seconds (None: for ever); how often it fired, 0 when it did not.
@@ -62,7 +64,7 @@ class Interrupt:
         HostError, at once, when it did not and the host wants the device back or reports that it failed.
         """
         eventfds, notices = self.owner.eventfds, self.owner.notices
-        fired = eventfds.take_events(self.fd, 0 if notices.heard else timeout, notices.descriptors())
+        fired = eventfds.take_events(self.fileno(), 0 if notices.heard else timeout, notices.descriptors())
         if not fired and (error := notices.error()) is not None:
             raise error
         return fired
@@ -71,6 +73,7 @@ class Interrupt:
         """Open a line that masked itself when it fired (INTx); UnsupportedError for vectors, which do not."""
         if self.owner.kind != "intx":
             raise UnsupportedError(f"{self.owner.kind} vectors do not mask themselves: there is nothing to open")
+        self.fileno()
         self.owner.source.unmask(self.owner.kind, self.vector)
 
 
@@ -112,4 +115,5 @@ class Interrupts:
     def _close_eventfds(self) -> None:
         for entry in self.vectors:
             self.eventfds.close(entry.fd)
+            entry.fd = -1
         self.vectors = []
