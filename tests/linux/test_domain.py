@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -434,3 +435,19 @@ def test_an_undo_that_the_kernel_refuses_does_not_hide_why_the_link_failed(backe
         with pytest.raises(MisuseError) as again:
             device.dma.map_window(np.array([phys, 0], np.uint64), np.array([PAGE, PAGE], np.uint64), TO)
         assert made.fail.fired and str(again.value) == str(caught.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_address_space_ends_when_nobody_maps_in_it(backend: str) -> None:
+    """A batch of another thread works on the shadow without the GIL."""
+    fake, made, device = taken(backend)
+    with made:
+        domain, phys = device.space.domain, made.buffer(PAGE).ranges[0][0]
+        domain.map(BASE, phys, PAGE, RW)
+        ending = threading.Thread(target=domain.detach, daemon=True)
+        with made.ledger.turn:
+            ending.start()
+            ending.join(0.2)
+            assert domain.mappings == 1
+        ending.join(20)
+        assert domain.mappings == 0

@@ -166,8 +166,9 @@ class HostDomain(Domain):
 
     def detach(self, *, cpu: SupportsIndex = 0) -> None:
         """Let the host's kernel drop every mapping and the address space itself; a second call does nothing."""
-        self.backend.close()
-        self.shadow = ShadowMap()
+        with self.ledger.turn:
+            self.backend.close()
+            self.shadow = ShadowMap()
 
     # Internals ---------------------------------------------------------------------------------------------------
 
