@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import chain
+from itertools import chain, pairwise
 
 
 class Reason(IntEnum):
@@ -235,6 +235,9 @@ RULES: dict[Reason, Rule] = {
 }
 
 
+_HOLE = 0xFFFF
+
+
 class PathLog:
     """Which path each request took, and why. ``paths`` and ``fast`` are the consumer's declaration.
 
@@ -249,12 +252,13 @@ class PathLog:
         self.paths = paths
         self.fast = fast
         self._taken = array("H")  # of the requests numbered 0, 1, 2 …, as long as they come in order
+        self._holes = 0  # numbers among them that took no path: _HOLE
         self._others: dict[int, int] = {}
 
     @property
     def requests(self) -> Mapping[int, tuple[int, Reason]]:
         """(index of the path, reason) by request, in the order they were taken."""
-        return _Taken(self._taken, self._others)
+        return _Taken(self._taken, self._holes, self._others)
 
     def take(self, request: int, path: str, reason: Reason) -> None:
         """Record the path of ``request`` (any unique number) and the reason of the deciding branch."""
@@ -267,10 +271,21 @@ class PathLog:
             self._others[request] = taken
 
     def take_all(self, requests: Sequence[int], taken: Sequence[int]) -> None:
-        """``take`` for many, in order: their numbers, and path and reason coded as ``path index << 8 | reason``."""
+        """``take`` for many, in order: their numbers, and path and reason coded as ``path index << 8 | reason``.
+
+        Numbers between them that took no path (their requests failed) cost as much, unless they are many.
+        """
         first, count = len(self._taken), len(requests)
         if not self._others and memoryview(array("Q", range(first, first + count))) == requests:
             self._taken.extend(taken)
+            return
+        rising = all(a < b for a, b in pairwise([first - 1, *requests]))
+        if not self._others and rising and requests[-1] - first < 2 * count:
+            dense = array("H", [_HOLE]) * (requests[-1] + 1 - first)
+            for request, code in zip(requests, taken, strict=True):
+                dense[request - first] = code
+            self._taken.extend(dense)
+            self._holes += len(dense) - count
             return
         for request, code in zip(requests, taken, strict=True):
             self.take(request, self.paths[code >> 8], Reason(code & 255))
@@ -278,6 +293,7 @@ class PathLog:
     def _summed(self) -> list[tuple[int, Reason, int]]:
         """(path, reason, requests), sorted."""
         sums = Counter(self._taken) + Counter(self._others.values())
+        sums.pop(_HOLE, None)
         return [(taken >> 8, Reason(taken & 255), count) for taken, count in sorted(sums.items())]
 
     def counts(self) -> dict[str, dict[Reason, int]]:
@@ -295,15 +311,20 @@ class PathLog:
 class _Taken(Mapping[int, tuple[int, Reason]]):
     """A view of a path log: two bytes a request, as long as requests are numbered as they come."""
 
-    def __init__(self, taken: array[int], others: dict[int, int]) -> None:
-        self._taken, self._others = taken, others
+    def __init__(self, taken: array[int], holes: int, others: dict[int, int]) -> None:
+        self._taken, self._holes, self._others = taken, holes, others
 
     def __getitem__(self, request: int) -> tuple[int, Reason]:
-        code = self._taken[request] if 0 <= request < len(self._taken) else self._others[request]
+        code = self._taken[request] if 0 <= request < len(self._taken) else _HOLE
+        if code == _HOLE:
+            code = self._others[request]
         return code >> 8, Reason(code & 255)
 
     def __iter__(self) -> Iterator[int]:
-        return chain(range(len(self._taken)), self._others)
+        dense: Iterable[int] = range(len(self._taken))
+        if self._holes:
+            dense = (request for request, code in enumerate(self._taken) if code != _HOLE)
+        return chain(dense, self._others)
 
     def __len__(self) -> int:
-        return len(self._taken) + len(self._others)
+        return len(self._taken) - self._holes + len(self._others)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from array import array
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dmakit import consts
 from dmakit.clock import MS, VirtualClock
@@ -91,6 +94,33 @@ def test_a_path_log_keeps_the_order_of_requests(numbers: tuple[int, ...]) -> Non
     for n in numbers:
         with pytest.raises(ValueError, match=rf"^request {n} already took path"):
             log.take(n, "a", Reason.NONE)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sets(st.integers(0, 40), max_size=30), st.booleans()), max_size=6))
+def test_a_path_log_of_many_is_one_of_each(calls: list[tuple[bool, set[int], bool]]) -> None:
+    log, expected = PathLog(("a", "b"), frozenset({"a"})), dict[int, tuple[int, Reason]]()
+    for together, drawn, backwards in calls:
+        numbers = sorted(drawn - set(expected), reverse=backwards)
+        codes = [(n % 2) << 8 | (Reason.COALESCED if n % 3 else Reason.NO_IOMMU) for n in numbers]
+        if together:
+            log.take_all(memoryview(array("Q", numbers)), memoryview(array("Q", codes)))
+        else:
+            for n, code in zip(numbers, codes, strict=True):
+                log.take(n, "ab"[code >> 8], Reason(code & 255))
+        expected |= {n: (code >> 8, Reason(code & 255)) for n, code in zip(numbers, codes, strict=True)}
+    assert list(log.requests.items()) == list(expected.items())
+    assert len(log.requests) == len(expected) and log.slow() == sum(n % 2 for n in expected)
+    assert all((n in log.requests) == (n in expected) for n in range(41))
+
+
+def test_a_path_log_with_a_failed_request_stays_small() -> None:
+    log = PathLog(("a",), frozenset({"a"}))
+    count = 100_000
+    for first in range(0, 10 * count, count):
+        numbers = array("Q", (n for n in range(first, first + count) if n != 77))
+        log.take_all(memoryview(numbers), memoryview(array("Q", bytes(8 * len(numbers)))))
+    assert len(log.requests) == 10 * count - 1 and 77 not in log.requests
+    assert not log._others and log._taken.itemsize * len(log._taken) == 2 * 10 * count
 
 
 def test_the_base_error_is_not_raised_and_errnos_have_names() -> None:
