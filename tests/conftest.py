@@ -4,6 +4,7 @@ import os
 import random
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import gates
 from tests.vm import plugin
@@ -15,6 +16,9 @@ from tests.vm.plugin import (  # noqa: F401  (hooks, found here by pytest)
     pytest_terminal_summary,
     pytest_testnodedown,
 )
+
+settings.register_profile("dmakit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("dmakit")  # timings live in the bench: an example may wait for its turn on a busy machine
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -63,14 +63,14 @@ def adjacent(start: int, sizes: list[int]) -> list[Piece]:
 
 class TestSegments:
     @given(pieces, limit_sets)
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     def test_e3_bvecs_merge_when_adjacent_within_max_segment_and_boundary(
         self, bvecs: list[Piece], limits: QueueLimits
     ) -> None:
         assert Request(Op.READ, bvecs, limits=limits).data.vectors == merged(bvecs, limits)
 
     @given(st.lists(st.integers(1, 40).map(lambda n: n * 512), min_size=1, max_size=12), limit_sets)
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     def test_adjacent_pieces(self, sizes: list[int], limits: QueueLimits) -> None:
         bvecs = adjacent(7 * PAGE + 1024, sizes)
         assert Request(Op.WRITE, bvecs, limits=limits).data.vectors == merged(bvecs, limits)
@@ -82,7 +82,7 @@ class TestSegments:
 
 class TestGaps:
     @given(pieces)
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     def test_only_the_lowest_bit_is_kept(self, bvecs: list[Piece]) -> None:
         gaps = 0
         for (phys, length), (after, _) in zip(bvecs, bvecs[1:], strict=False):
@@ -129,7 +129,7 @@ class TestSplit:
         assert Bio(Op.READ, pack=False).add(0x1000, 0x1000).add(0x2000, 0x800).bvecs == [(0x1000, 4096), (0x2000, 2048)]
 
     @given(pieces, st.sampled_from([4096, 12288, 65536]), st.sampled_from([1, 2, 5, 256]), st.sampled_from([0, 4095]))
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     def test_parts_cover_the_bio_and_keep_the_limits(
         self, bvecs: list[Piece], max_bytes: int, max_segments: int, virt: int
     ) -> None:

@@ -115,7 +115,7 @@ class Driver:
 
 
 def run(examples: int, steps: int) -> None:
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def correct_use(data: Any) -> None:
         checker = ContractChecker("raise")

@@ -284,7 +284,7 @@ class MappingMachine(RuleBasedStateMachine):
 
 
 TestMapping = MappingMachine.TestCase
-TestMapping.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TestMapping.settings = settings(max_examples=25, stateful_step_count=30)
 
 
 def drive(truth: Truth, steps: int) -> None:

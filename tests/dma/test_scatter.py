@@ -183,7 +183,7 @@ def test_a_peer_that_cannot_be_reached() -> None:
 entry = st.tuples(st.integers(0, 4095), st.integers(1, 20_000))
 
 
-@settings(max_examples=examples(60), deadline=None)
+@settings(max_examples=examples(60))
 @given(
     sizes=st.lists(entry, min_size=1, max_size=12),
     max_segment=st.sampled_from([0x1000, 0x3000, 0x10000, 0xFFFFFFFF]),

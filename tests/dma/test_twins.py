@@ -200,7 +200,7 @@ def compare(name: str, forms: Any, steps: Any) -> tuple[Twin, Twin]:
 
 
 @pytest.mark.parametrize("name", MACHINES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(steps=st.lists(STEP, min_size=1, max_size=8))
 def test_the_classic_batches_are_the_scalar_calls(name: str, steps: Any) -> None:
     compare(name, CLASSIC, steps)
@@ -316,7 +316,7 @@ WINDOW_STEP = st.one_of(
 
 
 @pytest.mark.parametrize("name", TRANSLATING)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(cpu=CPU, steps=st.lists(WINDOW_STEP, min_size=2, max_size=8))
 def test_the_window_batches_are_the_scalar_calls(name: str, cpu: int, steps: Any) -> None:
     compare(name, WINDOWS, [(0, -1, (cpu,)), *steps])
@@ -368,7 +368,7 @@ REQUESTS = st.lists(st.lists(st.one_of(WHOLE, PIECE), min_size=1, max_size=5), m
 
 
 @pytest.mark.parametrize("name", MACHINES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(steps=st.lists(st.tuples(st.just(0), FAIL, st.tuples(REQUESTS, WAY, HOW, CPU)), min_size=1, max_size=4))
 def test_whole_windows_are_the_scalar_calls(name: str, steps: Any) -> None:
     compare(name, [(map_windows, map_each_window)], steps)
@@ -447,7 +447,7 @@ DOMAIN_STEP = st.one_of(
 
 
 @pytest.mark.parametrize("name", TRANSLATING)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(steps=st.lists(DOMAIN_STEP, min_size=1, max_size=8))
 def test_the_domains_batches_are_its_scalar_calls(name: str, steps: Any) -> None:
     compare(name, DOMAIN, steps)
@@ -455,7 +455,7 @@ def test_the_domains_batches_are_its_scalar_calls(name: str, steps: Any) -> None
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", MACHINES)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(data=st.data())
 def test_twins_for_long(name: str, data: st.DataObject) -> None:
     compare(name, CLASSIC, data.draw(st.lists(STEP, min_size=1, max_size=20)))

@@ -78,7 +78,6 @@ def test_scattered_pages_cost_what_the_single_calls_cost(iommu: str, mode: str) 
 
 @settings(
     max_examples=examples(60),
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
 )
 @given(

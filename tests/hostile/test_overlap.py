@@ -226,7 +226,7 @@ def overlapping(made: Batch, places: dict[str, range]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", BATCHES)
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_written_arrays_overlap_nothing_and_read_ones_may(name: str, data: st.DataObject) -> None:
     made, world = BATCHES[name], World()

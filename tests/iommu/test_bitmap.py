@@ -33,7 +33,7 @@ def runs_of(pages: set[int]) -> list[int]:
     return edges
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(PAGES, SPANS)
 def test_lists_counts_and_runs(pages: set[int], spans: list[tuple[int, int]]) -> None:
     bitmap = bitmap_of(pages)
@@ -50,7 +50,7 @@ def test_lists_counts_and_runs(pages: set[int], spans: list[tuple[int, int]]) ->
     assert list(bitmap.pages()) == sorted(pages)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(PAGES, PAGES)
 def test_merge_take_clear(ours: set[int], theirs: set[int]) -> None:
     target, source = bitmap_of(ours), bitmap_of(theirs)
@@ -64,7 +64,7 @@ def test_merge_take_clear(ours: set[int], theirs: set[int]) -> None:
     assert (set_of(target), source.count()) == (ours | theirs, 0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(PAGES, st.integers(0, 12), st.integers(0, 8))
 def test_granularities(pages: set[int], coarser: int, finer: int) -> None:
     coarse = bitmap_of(pages).coarsened(coarser)

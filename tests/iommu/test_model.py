@@ -177,9 +177,7 @@ class PageTableAgainstDict(RuleBasedStateMachine):
 
 
 def run(steps: int, examples: int) -> None:
-    run_state_machine_as_test(
-        PageTableAgainstDict, settings=settings(max_examples=examples, stateful_step_count=steps, deadline=None)
-    )
+    run_state_machine_as_test(PageTableAgainstDict, settings=settings(max_examples=examples, stateful_step_count=steps))
 
 
 def test_page_tables_against_a_dict() -> None:

@@ -231,8 +231,8 @@ class CacheMachine(RuleBasedStateMachine):
                 assert cache.used == len(cache.entries()) <= cache.capacity
 
 
-QUICK = settings(max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=2000, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=40, stateful_step_count=25, suppress_health_check=list(HealthCheck))
+LONG = settings(max_examples=2000, stateful_step_count=50, suppress_health_check=list(HealthCheck))
 
 
 def test_every_answer_is_current_or_stale_since_the_last_covering_request() -> None:

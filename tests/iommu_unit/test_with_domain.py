@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmakit import consts
@@ -143,7 +143,7 @@ def test_a_write_after_read_and_clear_is_dirty_again() -> None:
         assert int(bitmap[0]) == sum(1 << page for page in written)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["map", "unmap", "read", "write"]), st.integers(0, 15), st.integers(1, 6)),

@@ -246,11 +246,11 @@ class NothingReusedEarly(RuleBasedStateMachine):
 
 
 def test_nothing_is_reused_early() -> None:
-    short = settings(max_examples=20, stateful_step_count=20, deadline=None)
+    short = settings(max_examples=20, stateful_step_count=20)
     run_state_machine_as_test(NothingReusedEarly, settings=short)
 
 
 @pytest.mark.long
 def test_nothing_is_reused_early_for_100000_steps() -> None:
-    long = settings(max_examples=1000, stateful_step_count=100, deadline=None)
+    long = settings(max_examples=1000, stateful_step_count=100)
     run_state_machine_as_test(NothingReusedEarly, settings=long)

@@ -206,7 +206,7 @@ MACHINES = (ExactAddresses, ExactHighestFit, IntervalTruth, IntervalTruthAugment
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.__name__)
 def test_random_use(machine: type[RuleBasedStateMachine]) -> None:
-    short = settings(max_examples=25, stateful_step_count=30, deadline=None)
+    short = settings(max_examples=25, stateful_step_count=30)
     run_state_machine_as_test(machine, settings=short)
 
 
@@ -215,4 +215,4 @@ def test_random_use(machine: type[RuleBasedStateMachine]) -> None:
 def test_random_use_at_length(machine: type[RuleBasedStateMachine]) -> None:
     # The exact models compare the whole state after each step; the interval truths run the full 10^5 steps.
     examples = 200 if machine.__name__.startswith("Exact") else 1000
-    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=100, deadline=None))
+    run_state_machine_as_test(machine, settings=settings(max_examples=examples, stateful_step_count=100))

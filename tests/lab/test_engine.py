@@ -140,7 +140,7 @@ def told_by(run: Any, rig: Rig, name: str) -> dict[str, Any] | str:
         rig.close()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     specs,
     options,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -118,9 +118,7 @@ class HostDomainMachine(RuleBasedStateMachine):
             assert self.fake.left() == {"files": 0, "pinned": 0}
 
 
-HostDomainMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+HostDomainMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
 TestHostDomain = HostDomainMachine.TestCase
 
 

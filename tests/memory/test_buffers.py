@@ -44,7 +44,7 @@ def test_huge_pages_stay_whole() -> None:
     assert [(phys % (2 << 20), size) for phys, size in buffer.ranges] == [(0, 2 << 20)] * 2
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 20000), st.integers(0, 4095), st.sampled_from((0.0, 0.6, 1.0)), st.data())
 def test_reads_return_what_was_written(size: int, offset: int, fragmentation: float, data: st.DataObject) -> None:
     buffer = allocate(machine(256, fragmentation=fragmentation), size, offset=offset)

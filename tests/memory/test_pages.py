@@ -90,7 +90,7 @@ def test_everything_merges_again() -> None:
     assert pages.alloc(12) == 1 << 24
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.integers(0, 300), st.sampled_from((0.0, 0.5, 1.0)))
 def test_blocks_are_aligned_disjoint_and_come_back(data: st.DataObject, start: int, fragmentation: float) -> None:
     pages = allocator(257, start=start * PAGE, fragmentation=fragmentation)

@@ -165,14 +165,14 @@ def played(uses: list[list[int]], window: int, use: int, price: int) -> tuple[fl
     return paid + registrations * price, best, registrations
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(USES, st.integers(1, 50), st.integers(0, 50), st.integers(1, 300))
 def test_it_never_costs_more_than_twice_the_best_choice(uses: Any, window: int, use: int, price: int) -> None:
     total, best, _ = played(uses, window, use, price)
     assert total <= 2 * best
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(MIXED, st.integers(1, 50), st.integers(0, 50), st.integers(1, 300))
 def test_requests_on_several_buffers_add_a_window_a_registration(uses: Any, window: int, use: int, price: int) -> None:
     total, best, registrations = played(uses, window, use, price)
@@ -185,7 +185,7 @@ def test_the_bound_is_met() -> None:
 
 
 @pytest.mark.parametrize("backend", ["type1", "iommufd"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(uses=st.lists(st.integers(0, 5), max_size=80), price=st.integers(1, 60), room=st.integers(4, 8))
 def test_at_limits_it_stays_below_twice_two_step(backend: str, uses: list[int], price: int, room: int) -> None:
     """Room for some registrations only: mappings on type1, IOVAs on both; nothing fails, and thrashing is bounded."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmakit.block.request import Op, Request
@@ -221,7 +221,7 @@ fault = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(faults=st.lists(fault, max_size=5), entries=st.integers(2, 16), count=st.integers(1, 24))
 def test_whatever_happens_every_request_ends_once_and_nothing_leaks(
     faults: list[Fault], entries: int, count: int

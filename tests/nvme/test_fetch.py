@@ -117,7 +117,7 @@ def spoilt(command: Command, how: int) -> Command:
 
 
 @given(st.lists(layouts(), min_size=1, max_size=5), st.booleans(), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_way_to_read_says_and_counts_the_same(
     requests: list[tuple[int, list[Range], int]], iommu: bool, own: bool
 ) -> None:

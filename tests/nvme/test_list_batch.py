@@ -88,7 +88,7 @@ def described(draw: st.DrawFn) -> list[Range]:
 
 @pytest.mark.parametrize("kind", [PrpWriter, SglWriter])
 @given(requests=st.lists(described(), min_size=1, max_size=6), nth=st.integers(-1, 12), pages=st.sampled_from([2, 99]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_batch_equals_one_by_one(kind: type[Any], requests: list[list[Range]], nth: int, pages: int) -> None:
     """Words, list bytes, blocks and every counter, with memory that runs out at any block or page."""
     assert Side(kind, pages, nth).together(requests) == Side(kind, pages, nth).one_by_one(requests)

@@ -289,7 +289,7 @@ pieces = st.lists(
 
 
 @given(pieces, st.booleans(), st.booleans(), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_whatever_the_path_the_command_describes_the_requests_memory(
     bvecs: list[tuple[int, int]], translating: bool, windows: bool, user: bool
 ) -> None:

@@ -87,7 +87,7 @@ def walk_all(walker: PrpWalker, memory: dict[int, memoryview[int]]) -> int:
 
 
 @given(range_lists())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_e5_prp_lists_equal_the_reference_and_decode_again(ranges: list[Range]) -> None:
     small, large = pools()
     writer = PrpWriter(small, large)

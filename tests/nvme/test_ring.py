@@ -68,7 +68,7 @@ step = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     entries=st.sampled_from([2, 3, 8, 64, 65, 130]),
     mapped=st.booleans(),

@@ -107,7 +107,7 @@ def asked(draw: st.DrawFn) -> Ask:
     st.sampled_from(["gap", "virt-boundary"]),
     st.sampled_from([0, 8 * PAGE]),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_rows_equal_one_by_one(asks: list[Ask], nth: int, identity: bool, sgl: bool, rule: str, threshold: int) -> None:
     """Statuses, paths, reasons, pointers, list bytes, table entries and every count, with each allocation failing."""
     answers = []

@@ -36,7 +36,7 @@ def words(raw: bytes) -> tuple[int, int]:
 
 
 @given(st.lists(st.tuples(st.integers(0, 1 << 48), st.integers(1, 1 << 20)), min_size=1, max_size=256))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_e5_sgl_lists_equal_the_reference_and_decode_again(ranges: list[Range]) -> None:
     small, large = pools()
     writer = SglWriter(small, large)

@@ -92,7 +92,7 @@ def test_the_two_children_run_different_cores(cores: tuple[Core, Core]) -> None:
         assert f"DMAKIT_CORE={wanted}".encode() in environment
 
 
-ALIKE = {"deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
+ALIKE = {"print_blob": True, "suppress_health_check": list(HealthCheck)}
 
 
 @settings(max_examples=60, derandomize=True, **ALIKE)

@@ -54,7 +54,7 @@ class Truth:
         return self.value >> 8 * offset & (1 << 8 * width) - 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(-1, 260), VALUES, WIDTHS), max_size=30))
 def test_hostile_writes_change_only_what_is_a_drivers(writes: list[tuple[int, int, int]]) -> None:
     with soft.Device.open(soft.Edu()) as device:
@@ -92,7 +92,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(sorted(MODELS)), ACTIONS, st.sampled_from(("", "intx", "msi", "msix")))
 def test_no_access_does_more_than_refuse(name: str, actions: list[tuple[Any, ...]], kind: str) -> None:
     begun = time.monotonic()
@@ -112,7 +112,7 @@ def test_no_access_does_more_than_refuse(name: str, actions: list[tuple[Any, ...
     assert time.monotonic() - begun < 5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, EDU_MASK), st.integers(0, 1 << 20), st.integers(0, 1 << 20), st.sampled_from((1, 3, 5, 7)))
 def test_edus_engine_stays_in_its_memory_and_in_what_is_mapped(addr: int, own: int, count: int, command: int) -> None:
     model = soft.Edu()

@@ -82,7 +82,7 @@ def test_a_free_is_taken_back_from_below_others() -> None:
 
 @pytest.mark.parametrize("frees", [1, 40, 700])
 @given(data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_range_comes_from_another_cpus_magazines_or_the_depot(frees: int, data: st.DataObject) -> None:
     domain = IovaDomain(cpus=2)
     pfns = next_pfns(domain, [2] * frees)

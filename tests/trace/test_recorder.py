@@ -108,7 +108,7 @@ def test_the_suffix_says_how_the_file_is_compressed(tmp_path: Path, suffix: str)
     assert load(outcome.output).whole
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     bursts=st.lists(st.lists(st.integers(0, 2), max_size=400), min_size=1, max_size=6),
     buffer=st.integers(16, 20),
