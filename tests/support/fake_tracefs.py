@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dmakit.failpoint import FailPoint
@@ -116,6 +117,7 @@ class FakeTracefs:
         self.errors = ""
         self.top_trace: list[str] | None = None  # lines of the boot trace; None without boot-time probes
         self.top_enabled: set[str] = set()
+        self.marked: Callable[[str], None] = lambda text: None  # called when a mark was written to the top-level trace
         self.profile: dict[str, int] = {}
         self.stamp = 0
 
@@ -187,6 +189,7 @@ class FakeTracefs:
                 if instance.files["options/copy_trace_marker"] == "1" and instance.files["tracing_on"] != "1":
                     raise refuse(errno.EBADF)
             self.top_trace.append(f"  dmakit-1   [000] .....  9.0: tracing_mark_write: {text}")
+            self.marked(text)
         else:
             instance, rest = self._inside(path)
             if rest.startswith("events/") and rest.endswith("/filter"):
@@ -199,6 +202,12 @@ class FakeTracefs:
                 assert not copied or instance.files["tracing_on"] == "1", "everybody's marks would be refused"
             else:
                 raise refuse(errno.ENOENT)
+
+    def clear(self, path: str) -> None:
+        self.ask()
+        instance, rest = self._inside(path)
+        assert rest == "trace"
+        instance.buffers = [Buffer() for _ in range(self.cpus)]
 
     def _enable(self, instance: Instance, event: str, text: str) -> None:
         if not event:

@@ -575,6 +575,40 @@ def test_the_boot_part_is_cut_where_the_recording_begins_and_replays(tmp_path: P
     assert (result.allocations, result.matched, result.adopted, result.diverged) == (3085, 3085, 0, 0)
 
 
+INIT = " x-1 [000] ..... 1.0: init: (init_iova_domain+0x4/0x3e0) iovad=0x1 granule=4096 start=1\n"
+FREE = "ff: (free_iova_fast+0x4/0x3e0) iovad=0x1 pfn=1 size=1\n"
+
+
+@pytest.mark.parametrize(("edge", "tries"), [("begins", 0), ("begins", 3), ("began", 3), ("begins", 9), ("begins", 10)])
+def test_a_recording_begins_when_no_allocator_is_at_work(tmp_path: Path, edge: str, tries: int) -> None:
+    """What is freed while our own buffer takes over from the boot trace would be in neither, or in both."""
+    world = busy(World(tmp_path))
+    world.fs.top_trace = [INIT]
+    freed = 0
+
+    def marked(text: str) -> None:
+        nonlocal freed
+        if text.rstrip().endswith("begins") and freed < tries:
+            freed += 1
+            assert world.fs.top_trace is not None
+            if edge == "began":
+                world.fs.emit(0, FREE.rstrip())
+            world.fs.top_trace.append(f" x-1 [000] ..... {freed + 1}.0: {FREE}")
+
+    world.fs.marked = marked
+    outcome = world.record()
+    assert freed == tries
+    assert outcome.account.complete and "free_iova_fast" not in outcome.output.read_text()
+    if tries < 10:
+        assert outcome.notes == [] and outcome.boot is not None
+        boot = outcome.boot.read_text()
+        assert (boot.count(" init: "), boot.count(FREE)) == (1, tries)
+    else:
+        assert outcome.boot is None
+        assert outcome.notes == ["the boot trace is left out: 10 tries to begin, and allocators were at work in each"]
+    clean(world)
+
+
 def test_a_boot_trace_that_lost_its_beginning_is_not_used(tmp_path: Path) -> None:
     world = busy(World(tmp_path))
     world.fs.top_trace = [

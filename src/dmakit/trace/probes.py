@@ -12,6 +12,7 @@ pgsize +16 and queued +40; the first word of ``struct device`` points at its nam
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 _DEV = "dev=+0(+0({arg})):string"  # struct device: kobj.name is the first word
@@ -128,3 +129,4 @@ BOOT_LINE = (
     "p:kp/ff,free_iova_fast,iovad=$arg1,pfn=$arg2,size=$arg3 "
     "trace_event=kp:*,iommu:* trace_buf_size=8M trace_clock=mono"
 )
+BOOT_EVENTS = tuple(re.findall(r"kp/(\w+),", BOOT_LINE))

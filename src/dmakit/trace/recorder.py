@@ -15,9 +15,11 @@ is undone.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +28,7 @@ from dmakit.trace.boot import boot_name
 from dmakit.trace.events import EVENTS, NEEDS, missing_events
 from dmakit.trace.fresh_domain import FreshDomain
 from dmakit.trace.loss import Account, Marker
-from dmakit.trace.probes import ALLOCATOR, INVALIDATION, MAPPING, STATIC, STATIC_CALLS, Probe
+from dmakit.trace.probes import ALLOCATOR, BOOT_EVENTS, INVALIDATION, MAPPING, STATIC, STATIC_CALLS, Probe
 from dmakit.trace.recording import check_output, cpus_on_line, head, new_file, tail
 from dmakit.trace.session import OVERWRITE, Refusal, Session
 from dmakit.trace.tracefs import Tracefs
@@ -46,6 +48,8 @@ _STEP = 0.05  # seconds between two looks at the workload
 _PIECE = 1 << 16
 _MARKER = "DMAKIT_TRACE_MARKER"
 BOOT_PROBE = ("p", "kp", "init")
+_BOOT_EVENT = re.compile(rf" (?:{'|'.join(BOOT_EVENTS)}): \(")
+_BEGINNINGS = 10
 
 Progress = Callable[[str, float], None]
 
@@ -170,22 +174,48 @@ class Recorder:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return max(min(LARGEST_BUFFER, free // _SHARE // cpus), MIB)
 
-    def _mark_boot(self, session: Session) -> str:
-        """Mark, in the top-level trace, where our own buffer takes over; empty when no boot-time probes write there."""
-        if BOOT_PROBE not in session.dynamic():
-            return ""
-        mark = f"dmakit record {os.getpid()} {time.monotonic_ns()}"
-        session.top("write trace_marker", lambda fs: fs.write("trace_marker", f"{mark}\n"))
-        return mark
+    def _begin(self, session: Session) -> str:
+        """Begin to record. Returns what probes on the kernel's command line saw before; the top-level trace keeps it.
 
-    def _boot_part(self, session: Session, mark: str) -> str:
-        """What probes on the kernel's command line saw before the mark; the top-level trace stays as it is."""
-        if not mark:
+        What an allocator does in the moment in which our own buffer takes over would be in neither trace or in both:
+        such a beginning is taken back and tried again.
+        """
+        if BOOT_PROBE not in session.dynamic():
+            session.switch(True)
             return ""
+        text, quiet = self._take_over(session)
+        for _ in range(_BEGINNINGS - 1):
+            if quiet:
+                break
+            session.switch(False)
+            session.clear()
+            self.pause(_STEP)
+            text, quiet = self._take_over(session)
+        return self._boot_part(text, quiet)
+
+    @staticmethod
+    def _take_over(session: Session) -> tuple[str, bool]:
+        """Start. The top-level trace up to then, and whether no allocator was at work at that moment."""
+
+        def write(mark: str) -> None:
+            session.top("write trace_marker", lambda fs: fs.write("trace_marker", f"{mark}\n"))
+
+        mark = f"dmakit record {os.getpid()} {time.monotonic_ns()}"
+        session.switch(True, first=partial(write, f"{mark} begins"), then=partial(write, f"{mark} began"))
         text = session.top("read trace", lambda fs: fs.read("trace"))
-        lines = text[: text.find(mark)].splitlines(keepends=True)[:-1] if mark in text else []
+        before, begins, rest = text.partition(f"{mark} begins")
+        return before if begins else "", _BOOT_EVENT.search(rest.partition(f"{mark} began")[0]) is None
+
+    def _boot_part(self, text: str, quiet: bool) -> str:
+        """The boot trace up to its last line, our mark; empty when its beginning or its end is not known."""
+        lines = text.splitlines(keepends=True)[:-1]
         if not any(" init: " in line for line in lines):
             self.notes.append("the boot trace has overwritten its beginning: a larger trace_buf_size= keeps it longer")
+            return ""
+        if not quiet:
+            self.notes.append(
+                f"the boot trace is left out: {_BEGINNINGS} tries to begin, and allocators were at work in each"
+            )
             return ""
         return "".join(lines)
 
@@ -198,9 +228,7 @@ class Recorder:
             cpus = cpus_on_line(legend) or len(session.stats())
             sink.write(head(legend, self._facts(session) | {"cpus": cpus}))
             marker = Marker()
-            mark = self._mark_boot(session)
-            session.switch(True)
-            boot = self._boot_part(session, mark)
+            boot = self._begin(session)
             began = self.now()
             for domain in order.fresh:
                 domain.renew()

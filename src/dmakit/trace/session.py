@@ -270,15 +270,26 @@ class Session:
         self.write(name, "1" if on else "0")
         return True
 
-    def switch(self, on: bool) -> None:
-        """Start or stop recording; marks that others write to the top-level trace are recorded too."""
+    def switch(
+        self, on: bool, *, first: Callable[[], None] = lambda: None, then: Callable[[], None] = lambda: None
+    ) -> None:
+        """Start or stop recording; marks that others write to the top-level trace are recorded too.
+
+        ``first`` is called right before it starts, ``then`` right after, when no mark is recorded yet.
+        """
         if on:
             self._misses = self._profile()
+            first()
             self.write("tracing_on", "1")
+            then()
             self.option(COPY_MARKS, True)
         else:
             self.option(COPY_MARKS, False)
             self.write("tracing_on", "0")
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self._do(lambda: self.fs.clear(self.path("trace")), "clear trace")
 
     @property
     def recording(self) -> bool:

@@ -47,6 +47,9 @@ class Tracefs(Protocol):
     def write(self, path: str, text: str) -> None:
         """One write(2); nothing is truncated."""
 
+    def clear(self, path: str) -> None:
+        """Truncate a file; of a ``trace``, that empties the ring buffers."""
+
     def names(self, path: str) -> list[str]:
         """The entries of a directory, sorted."""
 
@@ -113,6 +116,9 @@ class MountedTracefs:
                 raise OSError(errno.EIO, os.strerror(errno.EIO), path)
         finally:
             os.close(fd)
+
+    def clear(self, path: str) -> None:
+        os.close(os.open(self._path(path), os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC))
 
     def names(self, path: str) -> list[str]:
         return sorted(os.listdir(self._path(path)))  # noqa: PTH208 (names, not paths)
