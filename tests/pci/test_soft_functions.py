@@ -69,6 +69,13 @@ def test_accesses_reach_the_model_in_their_width_and_only_while_it_decodes() -> 
         assert bar.read32(8) == 7
 
 
+def test_edus_liveness_register_begins_at_0_and_reads_the_complement_of_what_was_written() -> None:
+    with soft.Device.open(soft.Edu(), mask=EDU_MASK) as edu:
+        assert edu.bar(0).read32(4) == 0
+        edu.bar(0).write32(4, 0x12345678)
+        assert edu.bar(0).read32(4) == 0xEDCBA987
+
+
 def test_a_refused_access_of_64_bits_is_not_half_done() -> None:
     model = Scratch()
     with soft.Device.open(model) as device:

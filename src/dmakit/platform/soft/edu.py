@@ -53,7 +53,7 @@ class Edu(Model):
     def read(self, bar: int, offset: int, width: int) -> int:
         """All ones where no register is, or not of this width."""
         registers = {
-            0x00: VERSION, 0x04: ~self.alive & _U32, 0x08: self.factorial, 0x20: self.status, 0x24: self.pending,
+            0x00: VERSION, 0x04: self.alive, 0x08: self.factorial, 0x20: self.status, 0x24: self.pending,
             0x80: self.source, 0x88: self.destination, 0x90: self.count, 0x98: self.command,
         }  # fmt: skip
         if width == 4 or (width == 8 and offset >= _WIDE):
@@ -65,7 +65,7 @@ class Edu(Model):
         if width != 4 and not (width == 8 and offset >= _WIDE):
             return
         if offset == 0x04:
-            self.alive = value
+            self.alive = ~value & _U32
         elif offset == 0x08:
             self.factorial = math.factorial(min(value, _ZERO_FROM)) & _U32
             if self.status & STATUS_INTERRUPT:
