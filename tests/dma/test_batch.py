@@ -7,11 +7,6 @@ from typing import Any
 
 import pytest
 
-from dmakit import _core
-from dmakit.block.dma_iter import BlkDmaIter
-from dmakit.block.request import Op, Request
-from dmakit.block.status import BlkStatus
-from dmakit.consts import ENOMEM
 from dmakit.dma.batch import (
     link_many,
     map_many,
@@ -168,30 +163,6 @@ def test_a_state_that_no_device_gave_out_is_refused(call: Any) -> None:
     with pytest.raises(MisuseError) as caught:
         call(IovaState(), array("Q"), array("Q"), *(() if call is sync_many else (TO,)), cpu=0)
     assert str(caught.value) == f"{call.__name__}: this state has no live window (never allocated, freed or destroyed)"
-
-
-@pytest.mark.skipif(_core.status()["running"] == "compiled", reason="compiled domains cannot be made to refuse")
-def test_a_sync_that_the_domain_refuses_is_told_and_leaves_no_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine, device = world()
-    pages, sizes = array("Q", [machine.pages.alloc() for _ in range(2)]), array("Q", [PAGE] * 2)
-    kept = device.try_alloc(0, 2 * PAGE)
-    link_many(kept, pages, sizes, TO)
-    live = machine.live()
-    monkeypatch.setattr(type(device.domain), "_sync_map", lambda *_: -ENOMEM)
-    blocks = BlkDmaIter()
-    for call in (
-        lambda: kept.sync(),
-        lambda: kept.sync(0, PAGE),
-        lambda: sync_many(kept, array("Q", [0, PAGE]), sizes),
-        lambda: device.map_window(pages, sizes, TO),
-        lambda: device.map_windows(pages, sizes, array("Q", [0, 2]), array("Q", [0, 0]), TO),
-    ):
-        with pytest.raises(ExhaustedError, match=r": no memory for an IOMMU table page$"):
-            call()
-        assert machine.live() == live
-    assert not blocks.start(Request(Op.WRITE, list(zip(pages, sizes, strict=True))), device)
-    assert (blocks.status, machine.live()) == (BlkStatus.RESOURCE, live)
-    kept.undo()
 
 
 def test_a_batch_without_a_direction_is_refused_as_the_scalar_call_is() -> None:

@@ -33,21 +33,24 @@ class Boot:
     @property
     def name(self) -> str:
         """Kernel, variant and what runs."""
-        what = {GUEST: "", HOTPLUG: "-hotplug"}.get(self.paths, "-portable")
+        what = {GUEST: "", HOTPLUG: "-hotplug", SOFTWARE: "-software"}.get(self.paths, "-portable")
         return f"{self.machine.kernel}-{self.machine.iommu}{what}"
 
     @property
     def portable(self) -> bool:
         """Whether it runs portable tests, which a declared capability may gate; nothing else may be gated."""
-        return self.paths not in (GUEST, HOTPLUG)
+        return self.paths not in (GUEST, HOTPLUG, SOFTWARE)
 
 
 GUEST = ("tests/vm/guest", "tests/pci/test_functions.py", "tests/pci/test_accesses.py")
 # With a port to pull a drive out of, and probes from the start.
 HOTPLUG = ("tests/vm/guest/test_unplug.py", "tests/vm/guest/test_boot_line.py")
-# What must hold on the guest's Python and processor as well: on the software machine, and where it is portable on VFIO.
-PORTABLE = ("tests/memory", "tests/dma", "--ignore=tests/dma/test_twins.py", "tests/nvme/test_controller.py")
-ON_VFIO = ("tests/dma", "tests/nvme/test_controller.py", "-m", "portable", "-k", "type1 or iommufd")
+# The contract of dma/ and of the driver: on the software machine, type1 and iommufd.
+CONTRACT = ("tests/dma", "tests/nvme/test_controller.py", "-m", "portable")
+ON_VFIO = (*CONTRACT, "-k", "type1 or iommufd")
+# What must hold on the guest's Python and processor as well.
+SOFTWARE = ("tests/memory", "tests/dma", "--ignore=tests/dma/test_twins.py", "tests/nvme/test_controller.py",
+            "-m", "not portable and not long")  # fmt: skip
 LEVELS = ("quick", "ci", "full")
 LONGER = 6  # times that a boot of the full matrix may take
 CI_ON_DEBIAN = ("vtd-lazy",)
@@ -66,9 +69,10 @@ def boots() -> list[Boot]:
     ]
     portable = [Boot(replace(EVERYTHING, iommu=name), ON_VFIO, "full") for name in IOMMUS[1:]]
     portable += [Boot(replace(EVERYTHING, kernel="debian", iommu=name), ON_VFIO, "full") for name in IOMMUS]
+    portable += [Boot(EVERYTHING, SOFTWARE, "full")]
     plugged = replace(EVERYTHING, hotplug=True, append=BOOT_LINE)
     hotplug = [Boot(plugged, HOTPLUG, "ci"), Boot(replace(plugged, kernel="debian"), HOTPLUG, "full")]
-    return [iommufd[0], debian[0], Boot(EVERYTHING, PORTABLE, "ci"), *iommufd[1:], *debian[1:], *hotplug, *portable]
+    return [iommufd[0], debian[0], Boot(EVERYTHING, CONTRACT, "ci"), *iommufd[1:], *debian[1:], *hotplug, *portable]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

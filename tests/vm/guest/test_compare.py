@@ -13,7 +13,7 @@ import pytest
 
 from dmakit import vfio
 from dmakit.lab.hardware import STRATEGIES
-from tests.vm.guest.support import BACKENDS, FULL, LONG, NVME, modprobe
+from tests.vm.guest.support import BACKENDS, FULL, LONG, NVME, SHORT, modprobe
 
 COUNT, SIZE = (256, 64 << 10) if FULL else (12, 32 << 10)
 WORKLOADS = {
@@ -71,6 +71,7 @@ def test_every_strategy_moves_every_byte(backend: str, workload: str, tmp_path: 
         assert ledgers["two-step"]["domain_unmaps"] == COUNT  # a window a request
 
 
+@SHORT
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_explain_says_which_way_the_driver_chose_and_what_it_measured(backend: str, tmp_path: Path) -> None:
     out = tmp_path / "explain.json"

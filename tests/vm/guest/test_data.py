@@ -20,14 +20,12 @@ import pytest
 
 from dmakit import nvme, vfio
 from dmakit.nvme.exercise import Verifier
-from tests.vm.guest.support import BACKENDS, FULL, IOMMU, KERNEL, LONG, NVME, kernel_nvme, modprobe
+from tests.vm.guest.support import BACKENDS, FULL, IOMMU, KERNEL, LONG, NVME, SHORT, kernel_nvme, modprobe
 
 STRATEGIES = ("premap", "two-step", "page", "sg")
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BLOCK = 512
 SIZE = (64 if FULL else 4) * MIB
-# Where a kernel has it in the short set: the others have it in the full matrix.
-SHORT = pytest.mark.skipif(not FULL and IOMMU != "vtd-lazy", reason="in the full matrix (--vm full)")
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 

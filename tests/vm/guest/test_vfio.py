@@ -25,7 +25,7 @@ from dmakit.platform.linux.kernel import Kernel
 from tests.support.edu import EDU_MASK, Edu, EduPort
 from tests.support.sweep import descriptors
 from tests.support.vfio.conversation import talk
-from tests.vm.guest.support import IOMMU, KERNEL, driver_of, kernel_nvme, traced, until
+from tests.vm.guest.support import IOMMU, KERNEL, SHORT, driver_of, kernel_nvme, traced, until
 from tests.vm.guest.vfio_support import BACKENDS, EDU, NVME, PAGE, bound, pinned
 
 TO, FROM, BOTH = Direction.TO_DEVICE, Direction.FROM_DEVICE, Direction.BIDIRECTIONAL
@@ -232,6 +232,7 @@ def test_the_limit_counts_for_two_machines_together(backend: str) -> None:
             assert as_a_user(LIMITED_TWICE, backend, who).startswith(expected)
 
 
+@SHORT
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_limit_on_locked_memory(backend: str) -> None:
     told = f"ExhaustedError ENOMEM {'VFIO_IOMMU_MAP_DMA' if backend == 'type1' else 'IOMMU_IOAS_MAP'} of 0x800000 bytes"
