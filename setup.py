@@ -14,6 +14,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -111,8 +113,7 @@ def effort(module: str) -> str:
 
     Loops over arrays (the fills of page tables and lists, the scans) take 1.4 times as long from ``-O2`` as from
     ``-O3``. Modules that pass the work on (to other modules, to ioctls, to Python objects) run as fast from ``-O1``,
-    which compiles in half the time of ``-O3``, and those that nobody calls once a request may be slower by a tenth:
-    ``-Og`` takes two thirds of the time of ``-O1``.
+    which compiles in half the time, and ``-Og``, quicker still, is for those that nobody calls once a request.
     """
     name = module.removeprefix("dmakit.")
     return next((level for level, names in EFFORT.items() if name in names.split()), "-O2")
@@ -134,14 +135,11 @@ def to_c(listed: list[Extension]) -> list[Extension]:
     """Translate by Cython, in parallel where the machine can (a bare chroot has no semaphores)."""
     from Cython.Build import cythonize
 
-    shared = Path(shared_c())
-    shared.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "cython", f"--generate-shared={shared}"]
-    making = None if shared.exists() else subprocess.Popen(command)
+    *modules, utility = listed
 
     def translate(workers: int) -> list[Extension]:
         return cythonize(
-            [extension for extension in listed if extension.name != SHARED],
+            modules,
             build_dir="build/cython",
             compiler_directives=DIRECTIVES,
             quiet=True,
@@ -152,14 +150,29 @@ def to_c(listed: list[Extension]) -> list[Extension]:
             annotate=bool(os.environ.get("DMAKIT_ANNOTATE")),
         )
 
-    try:
-        translated = translate(os.cpu_count() or 1)
-    except (FileNotFoundError, PermissionError, NotImplementedError):
-        translated = translate(0)
-    if making is not None and making.wait() != 0:
-        shared.unlink(missing_ok=True)
-        raise SystemExit(f"{' '.join(command)} ended with {making.returncode}")
-    return [*translated, *(extension for extension in listed if extension.name == SHARED)]
+    with generate(Path(utility.sources[0])):
+        try:
+            translated = translate(os.cpu_count() or 1)
+        except (FileNotFoundError, PermissionError, NotImplementedError):
+            translated = translate(0)
+    return [*translated, utility]
+
+
+@contextmanager
+def generate(shared: Path) -> Iterator[None]:
+    """Write the shared utility code meanwhile, whole or not at all; it is there when the block ends."""
+    if shared.exists():
+        yield
+        return
+    shared.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=shared.parent) as folder:
+        part = Path(folder) / shared.name
+        command = [sys.executable, "-m", "cython", f"--generate-shared={part}"]
+        with subprocess.Popen(command) as making:
+            yield
+        if making.returncode != 0:
+            raise SystemExit(f"{' '.join(command)} ended with {making.returncode}")
+        part.replace(shared)
 
 
 class BuildCore(build_ext):

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from dmakit import _core
+from dmakit._later import later
 
 _core.install()
 
@@ -31,14 +32,11 @@ _PUBLIC = {
 _ROOMS = {"soft": "dmakit.platform.soft", "vfio": "dmakit.platform.linux"}
 
 __all__ = ["__version__", *sorted(_PUBLIC), *_ROOMS]
+_public = later(__name__, _PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return import_module(_ROOMS[name])
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'dmakit' has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
+    return import_module(_ROOMS[name]) if name in _ROOMS else _public(name)
 
 
 def __dir__() -> list[str]:

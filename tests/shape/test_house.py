@@ -11,7 +11,7 @@ from dmakit import _core
 
 SRC = Path(__file__).resolve().parents[2] / "src" / "dmakit"
 FLOORS = (
-    ("_core", "_seal"),
+    ("_core", "_later", "_seal"),
     ("errors", "consts", "clock", "failpoint", "reasons", "ledger", "turn", "units"),
     ("memory",),
     ("iova",),

@@ -5,18 +5,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dmakit._later import later
 
 if TYPE_CHECKING:
     from dmakit.nvme.controller import Controller as Controller
 
 __all__ = ["Controller"]
 
-
-def __getattr__(name: str) -> Any:
-    """``Controller``, loaded when it is asked for: the lower modules of this package are used without it."""
-    if name == "Controller":
-        from dmakit.nvme.controller import Controller
-
-        return Controller
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Loaded when it is asked for: the lower modules of this package are used without it.
+__getattr__ = later(__name__, {"Controller": "dmakit.nvme.controller"})

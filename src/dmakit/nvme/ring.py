@@ -21,7 +21,7 @@ Models ``drivers/nvme/host/pci.c`` (nvme_sq_copy_cmd, nvme_write_sq_db, nvme_pol
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import cython
 
@@ -59,8 +59,8 @@ class Ring:
         self,
         qid: int,
         entries: int,
-        sq: tuple[memoryview[int], memoryview[int]],
-        cq: tuple[memoryview[int], memoryview[int]],
+        sq: Iterable[memoryview[int]],
+        cq: Iterable[memoryview[int]],
         *,
         sq_doorbell: int,
         cq_doorbell: int,
@@ -409,7 +409,7 @@ class Ring:
 
 
 def _checked(
-    name: str, memory: tuple[memoryview[int], memoryview[int]], entries: int, per_page: int
+    name: str, memory: Iterable[memoryview[int]], entries: int, per_page: int
 ) -> tuple[memoryview[int], memoryview[int]]:
     """The two arrays of a ring: 64-bit words, and a page index for every page it takes."""
     try:

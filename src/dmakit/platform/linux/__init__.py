@@ -9,9 +9,9 @@ Classes are loaded on first use: to list devices and to say whose they are takes
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dmakit._later import later
 from dmakit.platform.linux import binding, pci
 from dmakit.platform.linux.kernel import Kernel
 from dmakit.platform.pci import PciDevice
@@ -26,20 +26,17 @@ __all__ = [
     "ConfigSpace", "Device", "Interrupt", "Interrupts", "Machine", "PciDevice", "Region", "bind", "scan", "unbind",
 ]  # fmt: skip
 
-_LATER = {
-    "ConfigSpace": "linux.region",
-    "Device": "linux.device",
-    "Interrupt": "interrupts",
-    "Interrupts": "interrupts",
-    "Machine": "linux.machine",
-    "Region": "linux.region",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"dmakit.platform.{_LATER[name]}"), name)
+__getattr__ = later(
+    __name__,
+    {
+        "ConfigSpace": "dmakit.platform.linux.region",
+        "Device": "dmakit.platform.linux.device",
+        "Interrupt": "dmakit.platform.interrupts",
+        "Interrupts": "dmakit.platform.interrupts",
+        "Machine": "dmakit.platform.linux.machine",
+        "Region": "dmakit.platform.linux.region",
+    },
+)
 
 
 def scan() -> list[PciDevice]:

@@ -9,9 +9,9 @@ What belongs to PCI functions is loaded on first use: a machine without any cost
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dmakit._later import later
 from dmakit.platform.soft.machine import BRIDGE_WINDOWS, HIGH_RAM_START, LOW_RAM_END, MSI_WINDOW, Machine
 
 if TYPE_CHECKING:
@@ -25,17 +25,14 @@ __all__ = [
     "Bar", "Device", "Edu", "Function", "Identity", "Machine", "Model",
 ]  # fmt: skip
 
-_LATER = {
-    "Bar": "model",
-    "Device": "device",
-    "Edu": "edu",
-    "Function": "function",
-    "Identity": "model",
-    "Model": "model",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+__getattr__ = later(
+    __name__,
+    {
+        "Bar": "dmakit.platform.soft.model",
+        "Device": "dmakit.platform.soft.device",
+        "Edu": "dmakit.platform.soft.edu",
+        "Function": "dmakit.platform.soft.function",
+        "Identity": "dmakit.platform.soft.model",
+        "Model": "dmakit.platform.soft.model",
+    },
+)
