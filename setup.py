@@ -7,9 +7,12 @@ The decision is made before the build starts: an extension that fails half-way w
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -22,6 +25,7 @@ from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / "src" / "dmakit"
@@ -48,6 +52,8 @@ EFFORT = {  # of the C compiler; for the others -O2
     """,
 }
 SHARED = "dmakit._cyutility"
+TRANSLATED = Path("build/cython")
+HOW = "how"  # among the digests that a build records: that of the way it was done
 ZIG = "ziglang"
 DIRECTIVES = {
     "language_level": 3,
@@ -131,16 +137,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dmakit" / "cython"
 
 
-def to_c(listed: list[Extension]) -> list[Extension]:
-    """Translate by Cython, in parallel where the machine can (a bare chroot has no semaphores)."""
-    from Cython.Build import cythonize
+def to_c(listed: list[Extension]) -> None:
+    """Translate by Cython, in parallel where the machine can (a bare chroot has no semaphores).
 
-    *modules, utility = listed
+    Each extension's source is then its C. The shared utility code is written meanwhile.
+    """
+    from Cython.Build import cythonize
 
     def translate(workers: int) -> list[Extension]:
         return cythonize(
-            modules,
-            build_dir="build/cython",
+            [extension for extension in listed if extension.name != SHARED],
+            build_dir=str(TRANSLATED),
             compiler_directives=DIRECTIVES,
             quiet=True,
             include_path=["src"],
@@ -150,12 +157,27 @@ def to_c(listed: list[Extension]) -> list[Extension]:
             annotate=bool(os.environ.get("DMAKIT_ANNOTATE")),
         )
 
-    with generate(Path(utility.sources[0])):
+    gc.set_threshold(
+        100_000
+    )  # a translation makes millions of objects and drops few before its end: a fifth of its time
+    with generate(Path(shared_c())):
         try:
             translated = translate(os.cpu_count() or 1)
         except (FileNotFoundError, PermissionError, NotImplementedError):
             translated = translate(0)
-    return [*translated, utility]
+    sources = {extension.name: extension.sources for extension in translated}
+    for extension in listed:
+        extension.sources = sources.get(extension.name, extension.sources)
+
+
+def c_of(name: str) -> Path:
+    """Where the C of an extension is kept."""
+    return Path(shared_c()) if name == SHARED else TRANSLATED.joinpath("src", *name.split(".")).with_suffix(".c")
+
+
+def record(stamp: Path, digests: dict[str, str]) -> None:
+    """Note what is built, and how."""
+    stamp.write_text(json.dumps({HOW: how(), **digests}, indent=1) + "\n")
 
 
 @contextmanager
@@ -175,13 +197,17 @@ def generate(shared: Path) -> Iterator[None]:
         part.replace(shared)
 
 
-class BuildCore(build_ext):
-    """build_ext that builds in place and incrementally for editable installs, and records source digests."""
+def how() -> str:
+    """Digest of what the result depends on besides the sources: this file, the translator, the compiler, the Python."""
+    import Cython
 
-    def finalize_options(self) -> None:
-        if self.distribution.ext_modules and not self.distribution.ext_modules[0].sources[0].endswith(".c"):
-            self.distribution.ext_modules = to_c(self.distribution.ext_modules)
-        super().finalize_options()
+    settings = [os.environ.get(name, "") for name in ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS", "DMAKIT_ANNOTATE")]
+    asked = [Cython.__version__, sys.version, sysconfig.get_config_var("EXT_SUFFIX"), *settings]
+    return hashlib.sha256("\n".join([Path(__file__).read_text(), *asked]).encode()).hexdigest()
+
+
+class BuildCore(build_ext):
+    """build_ext that builds in place for editable installs, only what has changed, and records source digests."""
 
     def run(self) -> None:
         if getattr(self, "editable_mode", False):
@@ -189,19 +215,50 @@ class BuildCore(build_ext):
             self.inplace, self.build_lib, self.build_temp = True, f"build/lib.{tag}", f"build/temp.{tag}"
         stamp = PACKAGE / "_built.json" if self.inplace else Path(self.build_lib, "dmakit", "_built.json")
         if not self.extensions:
-            self.forget(stamp)
+            if self.inplace:
+                forget()
             return
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        now = {extension.name: CORE["source_digest"](extension.name) for extension in self.extensions}
+        done = self.done(stamp, now)
+        self.extensions = [extension for extension in self.extensions if extension.name not in done]
+        if not self.extensions:
+            return
+        record(stamp, {name: now[name] for name in done})  # what is about to be replaced is nobody's any more
+        to_c(self.extensions)
         self.parallel = self.parallel or os.cpu_count()
         super().run()
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(json.dumps({m: CORE["source_digest"](m) for m in MODULES}, indent=1) + "\n")
+        record(stamp, now)
 
-    def forget(self, stamp: Path) -> None:
-        """Remove what an earlier build left in the tree: the interpreted core must not be shadowed by it."""
-        stamp.unlink(missing_ok=True)
-        for module in MODULES if self.inplace else ():
-            if (old := CORE["extension_of"](module)) is not None:
-                old.unlink()
+    def done(self, stamp: Path, now: dict[str, str]) -> set[str]:
+        """The modules that need no work: built in this way, from this source, and still there."""
+        before = json.loads(stamp.read_text()) if stamp.exists() else {}
+        if before.get(HOW) != how():
+            shutil.rmtree(TRANSLATED, ignore_errors=True)
+            self.force = True
+            return set()
+        for name in MODULES:
+            if name in before and before[name] != now[name]:
+                c_of(name).unlink(missing_ok=True)  # whatever the times of the two files say
+        same = {name for name in now if before.get(name) == now[name] and Path(self.get_ext_fullpath(name)).exists()}
+        return {name for name in same if c_of(name).exists()}
+
+
+class Interpreted(build_py):
+    """build_py, which also an editable install without a compiler runs."""
+
+    def run(self) -> None:
+        if self.editable_mode and not self.distribution.ext_modules:
+            forget()
+        super().run()
+
+
+def forget() -> None:
+    """Remove what an earlier build left in the tree: the interpreted core must not be shadowed by it."""
+    (PACKAGE / "_built.json").unlink(missing_ok=True)
+    for module in (*MODULES, SHARED):
+        if (old := CORE["extension_of"](module)) is not None:
+            old.unlink()
 
 
 def lacking() -> list[str]:
@@ -218,4 +275,4 @@ def refuse(attributes: object) -> NoReturn:
 if missing := lacking():
     setup(setup_requires=missing, distclass=refuse)  # asked for its requirements, the build backend reads no further
 else:
-    setup(ext_modules=extensions() if wanted() else [], cmdclass={"build_ext": BuildCore})
+    setup(ext_modules=extensions() if wanted() else [], cmdclass={"build_ext": BuildCore, "build_py": Interpreted})
