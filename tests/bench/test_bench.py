@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from dmakit import _core
-from dmakit.bench import bitmap_rows, history, iommu_rows, suite, thread_rows, yardsticks
+from dmakit.bench import bitmap_rows, history, iommu_rows, machine_rows, suite, thread_rows, threads, yardsticks
 from dmakit.bench.iommu_rows import map_pages, small_pages, unmap_pages
 from dmakit.bench.native import _walk_unchecked
 from dmakit.bench.row import Bench, Row
 from dmakit.cli.main import run
 from dmakit.iommu.bitmap import Bitmap
 from dmakit.iova.domain import IovaDomain
+from dmakit.platform.soft import Machine
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,9 @@ def test_the_rows_are_the_table_of_goals() -> None:
         measure = row.yardstick if row.times == 1 else f"{row.times:g}{row.yardstick}"
         found.append(f"{row.id} {sign} {row.goal:g} {measure}")
     assert found == wanted
-    assert [row.id for row in rows if row.goal is None] == ["D1", "T0", "T1", "T1p", "T2", "T2p", "T4", "T4p"]
+    assert [row.id for row in rows if row.goal is None] == [
+        "D1", "T0", "T1", "T1d", "T1m", "T1p", "T2", "T2d", "T2m", "T2p", "T4", "T4d", "T4m", "T4p"
+    ]  # fmt: skip
     assert all(row.yardstick in yardsticks.NAMES and row.unit and row.name for row in rows)
     assert set(history.recorded()) == {text.split()[0] for text in wanted}
 
@@ -95,20 +98,36 @@ def test_thread_rows_count_pairs_and_name_the_cores() -> None:
         figure = suite.measured(row, bench, 1)
         assert (figure.error, figure.met) == (None, None)
         assert figure.note is not None and "M pairs/s in all" in figure.note
-        threads = int(row.id[1])
-        assert ("threads on 1 cores" in figure.note) == (threads > 1)
+        assert ("threads on 1 cores" in figure.note) == (int(row.id[1]) > 1)
     plain = bench.once("threads alone", IovaDomain).ledger.snapshot()
     assert plain["iova_failed"] == 0
     assert plain["iova_magazine"] + plain["iova_tree"] == plain["iova_free_magazine"] > 0
 
 
+def test_machine_rows_map_and_unmap_everything_on_as_many_devices_as_they_say() -> None:
+    for row in machine_rows.ROWS:
+        bench = Bench(short=True, compiled=False)
+        figure = suite.measured(row, bench, 1)
+        assert (figure.error, figure.met) == (None, None)
+        assert figure.note is not None and figure.note.endswith(" M requests/s in all")
+        counts = [made.ledger.snapshot() for key, made in bench.kept.items() if isinstance(made, Machine)]
+        threads_of = int(row.id[1])
+        assert len(counts) == (1 if row.id.endswith("d") else threads_of)
+        rounds = (
+            2 * 3 * (threads_of + 1)
+        )  # measured twice: two that warm up and one, of all threads and of the one beside
+        assert sum(count["link_calls"] for count in counts) == rounds * 8 * 32
+        assert all(count["pte_set_1"] == count["pte_clear_1"] > 0 for count in counts)
+
+
 def test_a_thread_that_fails_is_an_error_not_a_hang() -> None:
-    def broken(cpu: int, *rest: object) -> None:
+    def broken(cpu: int) -> threads.Rounds:
         if cpu == 1:
             raise ValueError("cpu 1")
+        return lambda rounds: None
 
     with pytest.raises(ValueError, match=r"^cpu 1$"):
-        thread_rows.elapsed(Bench(), 3, 1, broken)
+        threads.elapsed(Bench(), 3, 1, broken)
 
 
 def test_a_thread_that_cannot_start_is_an_error_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +141,7 @@ def test_a_thread_that_cannot_start_is_an_error_not_a_hang(monkeypatch: pytest.M
     released = threading.Timer(10, os._exit, (3,))  # a hang ends the run rather than the patience
     released.start()
     with pytest.raises(OSError, match=r"^\[Errno 22\] Invalid argument$"):
-        thread_rows.elapsed(Bench(cores=(0, 1, 2)), 3, 1, lambda *rest: None)
+        threads.elapsed(Bench(cores=(0, 1, 2)), 3, 1, lambda number: lambda rounds: None)
     released.cancel()
 
 
@@ -164,8 +183,8 @@ def test_choosing_rows() -> None:
     assert [row.id for row in suite.chosen(rows, ["10"])] == ["10a", "10b"]
     assert [row.id for row in suite.chosen(rows, ["1", "10b"])] == ["1", "10b"]
     assert len(suite.chosen(rows, [])) == 4
-    threads = [row.id for row in suite.chosen(suite.all_rows(), ["T2"])]
-    assert threads == ["T2", "T2p"]
+    two = [row.id for row in suite.chosen(suite.all_rows(), ["T2"])]
+    assert two == ["T2", "T2d", "T2m", "T2p"]
     assert [row.id for row in suite.chosen(suite.all_rows(), ["T"])][:2] == ["T0", "T1"]
 
 

@@ -19,11 +19,20 @@ from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 
 from dmakit import _core
-from dmakit.bench import bitmap_rows, dma_rows, iommu_rows, iova_rows, nvme_rows, thread_rows, trace_rows
+from dmakit.bench import (
+    bitmap_rows,
+    dma_rows,
+    iommu_rows,
+    iova_rows,
+    machine_rows,
+    nvme_rows,
+    thread_rows,
+    trace_rows,
+)
 from dmakit.bench.row import Bench, Row
 from dmakit.bench.yardsticks import MEASURES
 
-MODULES = (iova_rows, thread_rows, iommu_rows, dma_rows, bitmap_rows, nvme_rows, trace_rows)
+MODULES = (iova_rows, thread_rows, machine_rows, iommu_rows, dma_rows, bitmap_rows, nvme_rows, trace_rows)
 REPETITIONS = 9
 
 

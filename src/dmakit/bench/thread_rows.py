@@ -14,15 +14,13 @@ measured beside it in the same way. Time is the clock on the wall: on a machine 
 
 from __future__ import annotations
 
-import os
-import threading
 from array import array
 from collections.abc import Callable
 from functools import partial
-from time import perf_counter_ns
 
 from dmakit.bench import pairs
 from dmakit.bench.row import Bench, Row
+from dmakit.bench.threads import Rounds, elapsed, few_cores
 from dmakit.iova.domain import IovaDomain
 from dmakit.iova.shared import SharedDomain
 
@@ -30,42 +28,17 @@ _LIMIT = (1 << 20) - 1
 _DEPTH = 64
 _ROUNDS = 40_000
 _CALLS = 10_000
-Work = Callable[[int, memoryview, memoryview, int], None]
+Work = Callable[[int, memoryview, memoryview, int], None]  # CPU, sizes, pfns, rounds
 
 
-def elapsed(bench: Bench, threads: int, rounds: int, work: Work) -> float:
-    """ns a pair, of all threads together, of ``work(cpu, sizes, pfns, rounds)`` in each of ``threads`` threads.
+def _fill(work: Work) -> Callable[[int], Rounds]:
+    """``work`` for ``elapsed``: each thread with arrays of its own."""
 
-    From the first thread's begin to the last one's end, by their own clocks: where there are fewer cores than threads,
-    a thread that looks on is late for both.
-    """
-    gate = threading.Barrier(threads)
-    failed: list[BaseException] = []
-    begins: list[int] = []
-    ends: list[int] = []
+    def prepare(cpu: int) -> Rounds:
+        sizes, pfns = (memoryview(array("Q", [word]) * _DEPTH) for word in (1, 0))
+        return partial(work, cpu, sizes, pfns)
 
-    def run(cpu: int) -> None:
-        try:
-            if bench.cores:
-                os.sched_setaffinity(0, {bench.cores[cpu % len(bench.cores)]})
-            sizes, pfns = (memoryview(array("Q", [word]) * _DEPTH) for word in (1, 0))
-            work(cpu, sizes, pfns, 2)
-            gate.wait()
-            begins.append(perf_counter_ns())
-            work(cpu, sizes, pfns, rounds)
-            ends.append(perf_counter_ns())
-        except BaseException as error:
-            failed.append(error)
-            gate.abort()
-
-    workers = [threading.Thread(target=run, args=(cpu,)) for cpu in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if failed:
-        raise next((error for error in failed if not isinstance(error, threading.BrokenBarrierError)), failed[0])
-    return (max(ends) - min(begins)) / (threads * rounds * _DEPTH)
+    return prepare
 
 
 def _calls(domain: IovaDomain | SharedDomain) -> Work:
@@ -84,14 +57,14 @@ def without_locks(bench: Bench) -> float:
     """ns a pair of the form without locks, no Python between the batches."""
     domain = bench.once("threads alone", IovaDomain)
     work: Work = lambda cpu, sizes, pfns, rounds: pairs._alone_unchecked(domain, sizes, pfns, _LIMIT, rounds)  # noqa: E731
-    return elapsed(bench, 1, bench.scaled(_ROUNDS), work)
+    return elapsed(bench, 1, bench.scaled(_ROUNDS), _fill(work)) / _DEPTH
 
 
 def with_locks(threads: int, bench: Bench) -> tuple[float, float]:
     """ns a pair of ``threads`` threads behind locks, and of one without; no Python between the batches."""
     domain = bench.once(f"threads {threads}", lambda: SharedDomain(IovaDomain(cpus=threads)))
     work: Work = lambda cpu, sizes, pfns, rounds: pairs._shared_unchecked(domain, cpu, sizes, pfns, _LIMIT, rounds)  # noqa: E731
-    return elapsed(bench, threads, bench.scaled(_ROUNDS), work), without_locks(bench)
+    return elapsed(bench, threads, bench.scaled(_ROUNDS), _fill(work)) / _DEPTH, without_locks(bench)
 
 
 def with_locks_from_python(threads: int, bench: Bench) -> tuple[float, float]:
@@ -99,14 +72,14 @@ def with_locks_from_python(threads: int, bench: Bench) -> tuple[float, float]:
     domain = bench.once(f"threads {threads}", lambda: SharedDomain(IovaDomain(cpus=threads)))
     alone = bench.once("threads alone", IovaDomain)
     rounds = bench.scaled(_CALLS)
-    return elapsed(bench, threads, rounds, _calls(domain)), elapsed(bench, 1, rounds, _calls(alone))
+    together = elapsed(bench, threads, rounds, _fill(_calls(domain)))
+    return together / _DEPTH, elapsed(bench, 1, rounds, _fill(_calls(alone))) / _DEPTH
 
 
 def note(threads: int, bench: Bench, value: float) -> str:
     """What the figure is in E and in pairs a second, and whether every thread had a core."""
-    text = f"{value / bench.yardsticks['E']:.3g} E a pair, {1e3 / value:.3g} M pairs/s in all"
-    cores = len(bench.cores)
-    return text if not cores or threads <= cores else f"{text}; {threads} threads on {cores} cores"
+    figure = f"{value / bench.yardsticks['E']:.3g} E a pair, {1e3 / value:.3g} M pairs/s in all"
+    return "; ".join(filter(None, (figure, few_cores(bench, threads))))
 
 
 def _row(
