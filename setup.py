@@ -12,12 +12,11 @@ import hashlib
 import json
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -157,9 +156,8 @@ def to_c(listed: list[Extension]) -> None:
             annotate=bool(os.environ.get("DMAKIT_ANNOTATE")),
         )
 
-    gc.set_threshold(
-        100_000
-    )  # a translation makes millions of objects and drops few before its end: a fifth of its time
+    # A translation makes millions of objects and drops few before its end: looking for these takes a fifth of its time.
+    gc.set_threshold(100_000)
     with generate(Path(shared_c())):
         try:
             translated = translate(os.cpu_count() or 1)
@@ -176,8 +174,11 @@ def c_of(name: str) -> Path:
 
 
 def record(stamp: Path, digests: dict[str, str]) -> None:
-    """Note what is built, and how."""
-    stamp.write_text(json.dumps({HOW: how(), **digests}, indent=1) + "\n")
+    """Note what is built and how, whole or not at all."""
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    part = stamp.with_suffix(".part")
+    part.write_text(json.dumps(digests, indent=1) + "\n")
+    part.replace(stamp)
 
 
 @contextmanager
@@ -197,13 +198,12 @@ def generate(shared: Path) -> Iterator[None]:
         part.replace(shared)
 
 
-def how() -> str:
-    """Digest of what the result depends on besides the sources: this file, the translator, the compiler, the Python."""
-    import Cython
-
-    settings = [os.environ.get(name, "") for name in ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS", "DMAKIT_ANNOTATE")]
-    asked = [Cython.__version__, sys.version, sysconfig.get_config_var("EXT_SUFFIX"), *settings]
-    return hashlib.sha256("\n".join([Path(__file__).read_text(), *asked]).encode()).hexdigest()
+def sweep(package: Path, keep: Collection[str]) -> None:
+    """Remove what earlier builds for this Python left in ``package``, but for the modules in ``keep``."""
+    suffix = str(sysconfig.get_config_var("EXT_SUFFIX"))
+    for path in package.rglob(f"*{suffix}"):
+        if ".".join(path.relative_to(package.parent).parts).removesuffix(suffix) not in keep:
+            path.unlink()
 
 
 class BuildCore(build_ext):
@@ -213,33 +213,41 @@ class BuildCore(build_ext):
         if getattr(self, "editable_mode", False):
             tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
             self.inplace, self.build_lib, self.build_temp = True, f"build/lib.{tag}", f"build/temp.{tag}"
-        stamp = PACKAGE / "_built.json" if self.inplace else Path(self.build_lib, "dmakit", "_built.json")
         if not self.extensions:
             if self.inplace:
                 forget()
             return
-        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp = CORE["RECORD"] if self.inplace else Path(self.build_temp, "built.json")
         now = {extension.name: CORE["source_digest"](extension.name) for extension in self.extensions}
-        done = self.done(stamp, now)
+        sweep(PACKAGE if self.inplace else Path(self.build_lib, PACKAGE.name), now)
+        how = self.how()
+        done = self.done(stamp, now, how)
         self.extensions = [extension for extension in self.extensions if extension.name not in done]
         if not self.extensions:
             return
-        record(stamp, {name: now[name] for name in done})  # what is about to be replaced is nobody's any more
+        record(stamp, {HOW: how, **{name: now[name] for name in done}})  # what is to be replaced is believed no more
+        for name in now.keys() - done - {SHARED}:
+            c_of(name).unlink(missing_ok=True)  # whatever its time says; a translation of the same text is cached
         to_c(self.extensions)
-        self.parallel = self.parallel or os.cpu_count()
+        self.force, self.parallel = True, self.parallel or os.cpu_count()
         super().run()
-        record(stamp, now)
+        record(stamp, {HOW: how, **now})
 
-    def done(self, stamp: Path, now: dict[str, str]) -> set[str]:
+    def how(self) -> str:
+        """Digest of what the result depends on besides sources: this file, translator, compiler, options, Python."""
+        import Cython
+
+        version = subprocess.run([*os.environ["CC"].split(), "--version"], capture_output=True, text=True, check=False)
+        names = ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS", "LDSHARED", "AR", "ARCHFLAGS", "DMAKIT_ANNOTATE")
+        settings = [self.debug, self.define, self.undef, *(os.environ.get(name) for name in names)]
+        asked = [Cython.__version__, sysconfig.get_config_var("EXT_SUFFIX"), version.stdout, settings]
+        return hashlib.sha256(f"{Path(__file__).read_text()}{asked}".encode()).hexdigest()
+
+    def done(self, stamp: Path, now: dict[str, str], how: str) -> set[str]:
         """The modules that need no work: built in this way, from this source, and still there."""
-        before = json.loads(stamp.read_text()) if stamp.exists() else {}
-        if before.get(HOW) != how():
-            shutil.rmtree(TRANSLATED, ignore_errors=True)
-            self.force = True
+        before = CORE["recorded_digests"](stamp)
+        if self.force or before.get(HOW) != how:
             return set()
-        for name in MODULES:
-            if name in before and before[name] != now[name]:
-                c_of(name).unlink(missing_ok=True)  # whatever the times of the two files say
         same = {name for name in now if before.get(name) == now[name] and Path(self.get_ext_fullpath(name)).exists()}
         return {name for name in same if c_of(name).exists()}
 
@@ -255,10 +263,8 @@ class Interpreted(build_py):
 
 def forget() -> None:
     """Remove what an earlier build left in the tree: the interpreted core must not be shadowed by it."""
-    (PACKAGE / "_built.json").unlink(missing_ok=True)
-    for module in (*MODULES, SHARED):
-        if (old := CORE["extension_of"](module)) is not None:
-            old.unlink()
+    CORE["RECORD"].unlink(missing_ok=True)
+    sweep(PACKAGE, ())
 
 
 def lacking() -> list[str]:

@@ -8,7 +8,8 @@ compiled ``x.<abi>.so``; Python prefers it. This module is the only place that k
   refuses to start without every ``.so``; unset, the compiled module is taken where there is one.
 * In a checkout (a ``pyproject.toml`` stands above ``src/``) a compiled module whose sources have changed
   since it was built is refused, with the command that rebuilds it: an edited ``.py`` must never keep
-  running as the old ``.so``. The build records the digests in ``_built.json``.
+  running as the old ``.so``. The build records the digests in ``RECORD``, a file for each kind of Python.
+* A module that is not in the list runs from its ``.py``, whatever an earlier build left beside it.
 
 Nothing here imports another module of dmakit: it runs before all of them.
 """
@@ -114,6 +115,7 @@ COMPILED_MODULES = (
 )
 
 PACKAGE = Path(__file__).resolve().parent
+RECORD = PACKAGE / f"_built{importlib.machinery.EXTENSION_SUFFIXES[0].removesuffix('.so')}.json"
 REBUILD = "./dmakit build"
 _HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class made by a class statement, not a compiled one
 _CIMPORT = re.compile(rb"(?:cython\.cimports\.|from +)(dmakit(?:\.\w+)+) +c?import")
@@ -172,15 +174,15 @@ def in_checkout() -> bool:
     return (PACKAGE.parent.parent / "pyproject.toml").exists()
 
 
-def recorded_digests() -> dict[str, str]:
-    """Digests that the build recorded, by module; empty when nothing was compiled."""
+def recorded_digests(path: Path = RECORD) -> dict[str, str]:
+    """Digests that the build recorded, by module; empty when nothing was compiled, or the record is damaged."""
     import json
 
-    path = PACKAGE / "_built.json"
-    if not path.exists():
+    try:
+        loaded = json.loads(path.read_text())
+    except (OSError, ValueError):
         return {}
-    loaded: dict[str, str] = json.loads(path.read_text())
-    return loaded
+    return loaded if isinstance(loaded, dict) else {}
 
 
 def requested() -> str:
@@ -215,9 +217,12 @@ class _CoreFinder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in COMPILED_MODULES:
+        if not fullname.startswith("dmakit."):
             return None
         extension = extension_of(fullname)
+        if fullname not in COMPILED_MODULES:
+            left = extension is not None and source_of(fullname).exists()
+            return importlib.util.spec_from_file_location(fullname, source_of(fullname)) if left else None
         if self.choice == "python" or (extension is None and self.choice == "auto"):
             return importlib.util.spec_from_file_location(fullname, source_of(fullname))
         if extension is None:

@@ -279,7 +279,7 @@ class PathLog:
         if not self._others and memoryview(array("Q", range(first, first + count))) == requests:
             self._taken.extend(taken)
             return
-        few = not self._others and requests[-1] - first < 2 * count
+        few = not self._others and count and requests[-1] - first < 2 * count
         if few and all(a < b for a, b in pairwise([first - 1, *requests])):
             dense = array("H", [_HOLE]) * (requests[-1] + 1 - first)
             for request, code in zip(requests, taken, strict=True):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("src", "tests", "tools", "stubs", "pyproject.toml")
-LEFT_OUT = shutil.ignore_patterns("*.so", "_built.json", "__pycache__", "*.egg-info", ".hypothesis", "*.c")
+LEFT_OUT = shutil.ignore_patterns("*.so", "_built.*", "__pycache__", "*.egg-info", ".hypothesis", "*.c")
 TIMEOUT_S = 300
 
 

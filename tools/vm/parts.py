@@ -90,7 +90,7 @@ def sources() -> list[Path]:
     """The files that the wheel is made from."""
     kept = [ROOT / name for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE")]
     every = (path for path in (ROOT / "src" / "dmakit").rglob("*") if path.is_file())
-    unbuilt = (p for p in every if p.suffix not in (".so", ".pyc", ".c") and p.name != "_built.json")
+    unbuilt = (p for p in every if p.suffix not in (".so", ".pyc", ".c") and not p.name.startswith("_built."))
     return kept + sorted(unbuilt)
 
 
