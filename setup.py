@@ -16,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,7 +39,7 @@ EFFORT = {  # of the C compiler; for the others -O2
         iommu.pagetable iommu.psc iommu.space iommu.translation iommu.tree iommu.walker memory.physical
         nvme.lists nvme.prp nvme.sgl swiotlb.bounce trace.scanner
     """,
-    "-O1 -fno-tree-dominator-opts -fno-tree-pta": """
+    "-O1": """
         bench.pairs block.request clock dma.device failpoint iommu.devtlb iommu.port lab.engine lab.flight
         lab.payload lab.sharing lab.strategies nvme.fetch nvme.iod nvme.pool nvme.ring trace.operation
         trace.operations trace.rows trace.search
@@ -50,6 +50,7 @@ EFFORT = {  # of the C compiler; for the others -O2
         trace.timeline
     """,
 }
+SPARED = ("-fno-tree-dominator-opts", "-fno-tree-pta")  # gcc's names for two passes that -O1 does without
 SHARED = "dmakit._cyutility"
 TRANSLATED = Path("build/cython")
 HOW = "how"  # among the digests that a build records: that of the way it was done
@@ -72,18 +73,21 @@ def compiler() -> str:
         command = f"{sys.executable} -m ziglang cc -mcpu=baseline"  # its default is the processor of this machine
     else:
         command = CORE["c_compiler"]()
-    if not command:
-        return ""
+    return command if command and compiles(command) else ""
+
+
+def compiles(command: str, *options: str) -> bool:
+    """Whether a C file that includes Python.h can be compiled here, with these options."""
     with tempfile.TemporaryDirectory() as folder:
         probe = Path(folder) / "probe.c"
         probe.write_text("#include <Python.h>\nint main(void) { return 0; }\n")
         include = f"-I{sysconfig.get_paths()['include']}"
         run = subprocess.run(
-            [*command.split(), include, "-c", str(probe), "-o", str(probe.with_suffix(".o"))],
+            [*command.split(), include, *options, "-c", str(probe), "-o", str(probe.with_suffix(".o"))],
             capture_output=True,
             check=False,
         )
-    return command if run.returncode == 0 else ""
+    return run.returncode == 0
 
 
 def wanted() -> bool:
@@ -107,15 +111,16 @@ def extensions() -> list[Extension]:
         raise SystemExit(f"EFFORT names what is not compiled: {', '.join(sorted(unknown))}")
     sources = {name: Path("src", *name.split(".")).with_suffix(".py") for name in MODULES}
     largest_first = sorted(MODULES, key=lambda name: sources[name].stat().st_size, reverse=True)
+    spared = SPARED if compiles(os.environ["CC"], *SPARED) else ()
     listed = [
-        Extension(name, [str(sources[name])], extra_compile_args=[*CFLAGS, *effort(name).split()])
+        Extension(name, [str(sources[name])], extra_compile_args=[*CFLAGS, *effort(name, spared)])
         for name in largest_first
     ]
     return [*listed, Extension(SHARED, [shared_c()], extra_compile_args=[*CFLAGS, "-O2"])]
 
 
-def effort(module: str) -> str:
-    """How hard the C compiler tries.
+def effort(module: str, spared: Sequence[str]) -> list[str]:
+    """How hard the C compiler tries; ``spared``: options that save it work, as far as it knows them.
 
     Loops over arrays (the fills of page tables and lists, the scans) take 1.4 times as long from ``-O2`` as from
     ``-O3``. Modules that pass the work on (to other modules, to ioctls, to Python objects) run as fast from ``-O1``,
@@ -123,7 +128,8 @@ def effort(module: str) -> str:
     still, is for those that nobody calls once a request.
     """
     name = module.removeprefix("dmakit.")
-    return next((level for level, names in EFFORT.items() if name in names.split()), "-O2")
+    level = next((level for level, names in EFFORT.items() if name in names.split()), "-O2")
+    return [level, *spared] if level == "-O1" else [level]
 
 
 def shared_c() -> str:

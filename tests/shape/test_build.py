@@ -192,6 +192,19 @@ def test_a_build_that_fails_leaves_nothing_to_believe_of_what_it_was_to_replace(
     assert tree.answer("one") == 1
 
 
+def test_a_compiler_that_does_not_know_an_option_is_not_given_it(tree: Tree) -> None:
+    """clang (and zig's cc, which is one) ends at gcc's names of passes."""
+    setup, compiler = tree.root / "setup.py", tree.root / "compiler"
+    setup.write_text(setup.read_text().replace("EFFORT = {}", 'EFFORT = {"-O1": "one two"}'))
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-tree-*) exit 1;; esac\nexec {_core.c_compiler()} "$@"\n')
+    compiler.chmod(0o755)
+    assert tree.rebuilt(CC=str(compiler)) == {"one", "two", "_cyutility"}
+    compiler.write_text(f'#!/bin/sh\necho "$*" >>{tree.root}/said\nexec {_core.c_compiler()} "$@"\n')
+    assert "one" in tree.rebuilt(CC=str(compiler), CFLAGS="-DANOTHER")
+    (line,) = (line for line in (tree.root / "said").read_text().splitlines() if "/one.c " in line)
+    assert line.endswith(" -O1 -fno-tree-dominator-opts -fno-tree-pta")
+
+
 def test_a_wheel_has_its_own_modules_and_no_record(tree: Tree) -> None:
     """Built in one folder after another, and in the tree between."""
     tree.wheel()
